@@ -1,0 +1,52 @@
+"""Whether calibration may keep every micro-batch waiting inside a block, and on which device it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import nn
+
+from bitwright.calibrate.capture import Group
+from bitwright.calibrate.stream import Streams, waiting_bytes
+from bitwright.errors import CalibrationError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+# What is free is shared with others and with the solver's own matrices: half of it may be taken by activations.
+_SHARE = 0.5
+
+
+def device_of(name: str) -> torch.device:
+    """"auto" (CUDA when there is one), or any torch device; CalibrationError if it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise CalibrationError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}; try cpu or auto") from e
+    return device
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "1.4GB", "800 MB" or a plain number."""
+    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if m is None:
+        raise CalibrationError(f"memory size {text!r} is not understood; write it like 8GB or 800MB")
+    return int(float(m[1]) * _UNITS[m[2]])
+
+
+def fits_one_pass(
+    groups: Sequence[Group], block: nn.Module, tokens: int, streams: Streams, max_memory: str | None, device: torch.device
+) -> bool:
+    """Whether the waiting activations of a one-pass block stay inside the memory allowed."""
+    count = 1 if streams.reference is None else 2
+    need = waiting_bytes(groups, block, tokens, streams.quantized[0].shape[-1], count)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return need <= _SHARE * free
+    if max_memory is None:
+        return need <= _SHARE * psutil.virtual_memory().available
+    return need <= parse_bytes(max_memory) - psutil.Process().memory_info().rss

@@ -1,0 +1,62 @@
+"""`bitwright generate`: text from a model."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from bitwright.cli import options, output
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Continue a prompt, greedily unless --temperature says otherwise.
+
+    \b
+    bitwright generate MODEL-w4 --prompt "The state of the union is" --max-new-tokens 40
+    bitwright generate MODEL-w4 --prompt "What is a scale?" --chat --temperature 0.7
+
+    The continuation goes to stdout, the speed to stderr.
+    """
+    started = time.perf_counter()
+    with output.one_line_errors(debug):
+        import bitwright
+        from bitwright.evaluate.loading import choose_device, choose_dtype, load_model, load_tokenizer
+        from bitwright.models.source import resolve
+
+        where, kind = choose_device(device), choose_dtype(dtype)
+        folder = resolve(model)
+        tokenizer = load_tokenizer(folder)
+        with output.shown_progress() as progress:
+            progress("load", 0, 1, model)
+            loaded = load_model(folder, where, kind)
+            progress("load", 1, 1, model)
+        result = bitwright.generate(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens,
+            chat=chat,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        if json:
+            output.print_json({"command": "generate", "model": model, **result.to_dict(), **output.usage(started)})
+            return
+        typer.echo(result.text if chat else prompt + result.text)
+        speed = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.1f} tokens/s"
+        typer.echo(f"{len(result.tokens)} tokens; first after {result.prefill_seconds:.2f} s{speed}", err=True)

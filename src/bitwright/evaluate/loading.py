@@ -1,0 +1,59 @@
+"""A model and its tokenizer from a folder, on the device and in the dtype that suit evaluation and generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.errors import BitwrightError, CheckpointError
+
+
+def choose_device(device: str) -> torch.device:
+    """The device named, or for "auto" a CUDA device if there is one. BitwrightError if torch does not have it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise BitwrightError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise BitwrightError(
+            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str) -> torch.dtype | None:
+    """The floating dtype named; None for "auto"."""
+    if dtype == "auto":
+        return None
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise BitwrightError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+    return chosen
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The causal LM of a plain or quantized folder, packed, in evaluation mode.
+
+    dtype None: float32 on a CPU, where many emulate 16-bit products, and the checkpoint's own elsewhere.
+    """
+    from bitwright.nn.load import load
+
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    return load(folder, dtype=dtype, device=str(device), packed=True).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; CheckpointError if there is none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}"
+        ) from error

@@ -1,0 +1,271 @@
+"""What a finished folder says about itself: the record, the times, the model card, and the files that come along.
+
+bitwright.json holds only what is the same on every run with the same inputs, so that an interrupted and resumed run
+ends byte for byte like an uninterrupted one; what varies (seconds, memory, machine) stands in bitwright-run.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import NumericsError
+from bitwright.models.checkpoint import ShardWriter
+from bitwright.models.load import SourceModel, companion_files
+from bitwright.numerics import check_finite
+from bitwright.plan import EMBEDDING, LM_HEAD, Plan, ignored
+from bitwright.recipe import Recipe
+from bitwright.report.card import model_card
+from bitwright.run_folder import RunFolder
+from bitwright.solve import solve_data_free
+
+RECORD, RUN_RECORD = "bitwright.json", "bitwright-run.json"
+_PACKAGES = ("bitwright", "torch", "transformers", "safetensors", "numpy")
+
+
+class Clock:
+    """Wall and CPU seconds by phase; a phase inside another counts in both."""
+
+    def __init__(self) -> None:
+        self.started = (time.perf_counter(), time.process_time())
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside under `name`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - wall
+            self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
+
+
+def request_of(
+    source: SourceModel,
+    recipe: Recipe,
+    plan: Plan,
+    text: Any,
+    samples: Tensor | None,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that decides the result's bytes: two calls with the same request may continue one another."""
+    headers = hashlib.sha256()
+    for name in source.checkpoint.names:
+        headers.update(f"{name} {source.checkpoint.shape(name)} {source.checkpoint.dtype(name)}\n".encode())
+    for file in source.checkpoint.files:
+        headers.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    request: dict[str, Any] = {
+        "model": source.folder.name,
+        "weights": headers.hexdigest(),
+        "recipe": [
+            {
+                "match": r.match,
+                "scheme": r.scheme and str(r.scheme),
+                "algorithm": r.algorithm,
+                "options": dict(r.options),
+            }
+            for r in recipe.rules
+        ],
+        "schemes": hashlib.sha256("\n".join(f"{n} {e.scheme}" for n, e in plan.entries.items()).encode()).hexdigest(),
+        "format": plan.format.NAME,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "calibration": None,
+    }
+    if samples is not None:
+        request["calibration"] = {
+            "source": Path(text.source).name if "/" in text.source else text.source,
+            "text_sha256": text.sha256,
+            "tokens_sha256": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
+            "num_samples": samples.shape[0],
+            "seq_len": seq_len,
+            "seed": seed,
+        }
+    return request
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    out = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def make_record(
+    source: SourceModel, plan: Plan, recipe: Recipe, request: dict[str, Any], run: RunFolder
+) -> dict[str, Any]:
+    """bitwright.json: totals first, then every layer."""
+    layers: dict[str, Any] = {}
+    for index in range(len(source.structure.blocks)):
+        layers |= run.part_record(index)
+    order = {name: i for i, name in enumerate(plan.entries)}
+    layers = dict(sorted(layers.items(), key=lambda item: order[item[0]]))
+    schemes = sorted({str(e.scheme) for e in plan.entries.values()})
+    return {
+        "scheme": schemes[0] if len(schemes) == 1 else "mixed",
+        "algorithm": "+".join(sorted({e.algorithm for e in plan.entries.values()})),
+        "bits_per_weight": round(plan.bits_per_weight, 6),
+        "quantized_layers": len(plan.entries),
+        "quantized_weights": sum(e.linear.numel for e in plan.entries.values()),
+        "parameters": source.structure.parameters,
+        "fallbacks": sum("fallback" in r for r in layers.values()),
+        "quant_method": plan.format.NAME,
+        "portability": list(plan.portability),
+        "request": request,
+        "options": {name: _plain(e.options) for name, e in _distinct(plan).items()},
+        "layers": layers,
+        "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
+    }
+
+
+def _distinct(plan: Plan) -> dict[str, Any]:
+    """One entry per algorithm and set of options, under a name that tells them apart."""
+    seen: dict[Any, str] = {}
+    out: dict[str, Any] = {}
+    for e in plan.entries.values():
+        if (e.algorithm, e.options) not in seen:
+            taken = sum(k.split("#")[0] == e.algorithm for k in out)
+            seen[e.algorithm, e.options] = e.algorithm if not taken else f"{e.algorithm}#{taken + 1}"
+            out[seen[e.algorithm, e.options]] = e
+    return out
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
+
+
+def run_record(clock: Clock, device: torch.device) -> dict[str, Any]:
+    """bitwright-run.json: what this process took. A resumed run counts from its last start."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out: dict[str, Any] = {
+        "seconds": round(time.perf_counter() - clock.started[0], 3),
+        "cpu_seconds": round(time.process_time() - clock.started[1], 3),
+        "seconds_by_phase": {k: round(v, 3) for k, v in clock.wall.items()},
+        "cpu_seconds_by_phase": {k: round(v, 3) for k, v in clock.cpu.items()},
+        "peak_rss_bytes": peak * 1024,
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.system()},
+    }
+    if device.type == "cuda":
+        out["machine"]["gpu"] = torch.cuda.get_device_name(device)
+        out["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+    return out
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_folder(
+    source: SourceModel,
+    plan: Plan,
+    record: dict[str, Any],
+    run: dict[str, Any],
+    folder: RunFolder,
+    overwrite: bool,
+    report: Callable[[str, int, int, str], None],
+) -> None:
+    """Assemble OUT: weights, config, tokenizer and licence, evidence, model card; then one rename."""
+    blocks = len(source.structure.blocks)
+    with folder.final(overwrite) as final:
+        outside: dict[str, Any] = {}
+        with ShardWriter(final) as writer:
+            for index in range(blocks):
+                report("write", index, blocks, "")
+                for name, tensor in folder.part(index)[0].items():
+                    writer.add(name, tensor)
+            outside = _write_outside(source, plan, writer)
+            for name in source.kept_tensors(plan.entries):
+                writer.add(name, _stored(name, source.checkpoint.get(name), source, plan.dtype))
+        record["layers"] |= outside
+        for file in companion_files(source.folder):
+            shutil.copyfile(file, final / file.name)
+        _dump(final / RECORD, record)
+        _dump(final / RUN_RECORD, run)
+        (final / "README.md").write_text(model_card(record, run), encoding="utf-8")
+        _dump(final / "config.json", _config(source, plan))
+    report("write", blocks, blocks, "")
+
+
+def check_kept(source: SourceModel, plan: Plan) -> None:
+    """NumericsError for a tensor to be copied that is not finite, or would not be in the output dtype: better now than
+    after the long part."""
+    for name in source.kept_tensors(plan.entries):
+        if name not in source.weights.unused:
+            tensor = source.checkpoint.get(name)
+            check_finite(name, tensor)
+            _stored(name, tensor, source, plan.dtype)
+
+
+def _stored(name: str, tensor: Tensor, source: SourceModel, dtype: torch.dtype) -> Tensor:
+    """A kept tensor in the output dtype; integers, other number types, and what the model has no place for (old masks
+    of -inf, say) unchanged."""
+    if tensor.dtype not in (source.dtype, torch.float32) or name in source.weights.unused:
+        return tensor
+    stored = tensor.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericsError(
+            f"{name}: holds {float(tensor.float().abs().max()):.3g}, beyond the range of {dtype}; use dtype bfloat16"
+        )
+    return stored
+
+
+def _write_outside(source: SourceModel, plan: Plan, writer: ShardWriter) -> dict[str, Any]:
+    """Quantized embedding and lm_head, and the plain one of a tied pair whose other half is quantized."""
+    structure, records = source.structure, {}
+    names = {EMBEDDING: structure.embedding, LM_HEAD: structure.lm_head}
+    for name in names.values():
+        if name is None or (name not in plan.entries and not plan.untie):
+            continue
+        stored_name = source.disk_names(f"{name}.weight")[0]
+        W = source.checkpoint.get(stored_name)
+        check_finite(stored_name, W)
+        if name in plan.entries:
+            entry = plan.entries[name]
+            tensor, records[name] = solve_data_free(entry, W, plan.dtype)
+            for key, value in plan.format.pack(tensor, entry.scheme, name).items():
+                writer.add(f"{entry.linear.disk_name}.{key}", value)
+        elif name == structure.lm_head and structure.head is not None:
+            writer.add(f"{structure.head.disk_name}.weight", _stored(stored_name, W, source, plan.dtype))
+    return records
+
+
+def _config(source: SourceModel, plan: Plan) -> dict[str, Any]:
+    config = dict(source.config_dict)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    if plan.untie:
+        config["tie_word_embeddings"] = False
+    schemes = {name: e.scheme for name, e in plan.entries.items()}
+    classes = {n: e.linear.class_name for n, e in plan.entries.items() if e.linear.class_name != "Linear"}
+    config["quantization_config"] = plan.format.write_config(schemes, ignored(source, plan.entries), classes)
+    return config
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,71 @@
+"""The table of implementations, and the choice among them, made once when a weight is prepared.
+
+The order of the table is the order of preference, from measurements (`dev/LOG.md`): the first that does not refuse is
+chosen. `explain` gives every entry its reason, the chosen one and the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bitwright.errors import SchemeError
+from bitwright.kernels.cpu import Int4Weight, Int8Dynamic, Int8Weight
+from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
+from bitwright.kernels.problem import PackedWeight, Problem
+from bitwright.qtensor import QuantizedTensor
+from bitwright.scheme import Scheme
+
+IMPLEMENTATIONS: tuple[type[PackedWeight], ...] = (Int8Dynamic, Int8Exact, Int8Weight, Int4Weight, DequantizedWeight)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation and why it was chosen (or, in `explain`, refused: usable is False)."""
+
+    implementation: type[PackedWeight]
+    reason: str
+    usable: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return self.implementation.NAME
+
+
+def choose(problem: Problem) -> Choice:
+    """The first implementation of the table that can run the problem; SchemeError if none can."""
+    for candidate in explain(problem):
+        if candidate.usable:
+            return candidate
+    raise SchemeError(f"nothing here runs {problem.scheme} with {problem.dtype} activations on {problem.device}")
+
+
+def explain(problem: Problem) -> list[Choice]:
+    """Every implementation in order of preference, with what it would do or why it refuses."""
+    result = []
+    for implementation in IMPLEMENTATIONS:
+        refusal = implementation.refuse(problem)
+        reason = implementation.describe(problem) if refusal is None else refusal
+        result.append(Choice(implementation, reason, refusal is None))
+    return result
+
+
+def prepare(
+    qt: QuantizedTensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    features: frozenset[str] | None = None,
+) -> tuple[PackedWeight, Choice]:
+    """Pack `qt` for activations of `dtype` on `device` with the implementation that suits best.
+
+    features: of the CPU; None = this machine's. Raises SchemeError if `qt` is not on the scheme's grid.
+    """
+    if qt.scheme != scheme.weight:
+        raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")
+    choice = choose(problem := Problem.of(qt, scheme, dtype, device, features))
+    zero_point = None if qt.zero_point is None else qt.zero_point.to(device)
+    moved = QuantizedTensor(qt.codes.to(device), qt.scale.to(device), zero_point, qt.scheme)
+    return choice.implementation.prepare(moved, problem), choice

@@ -1,0 +1,128 @@
+"""What a packed linear has to do, and what it looks like once prepared.
+
+A `Problem` is everything a choice of implementation may depend on, as one frozen value: no implementation asks the
+machine itself, so a choice can be explained, and tested, for a machine that is not at hand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from bitwright.qtensor import QuantizedTensor
+from bitwright.scheme import Scheme
+
+AVX512 = "avx512"  # 512-bit vectors
+NATIVE_BF16 = "native-bf16"  # bf16 dot products in hardware; otherwise bf16 GEMMs are emulated and slower than fp32
+VNNI = "vnni"  # int8 dot products in hardware
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear [N, K] at `scheme`, fed with activations of `dtype`, on a machine with `features`.
+
+    scale_dtype: dtype of the scales as given. device: "cpu" or "cuda".
+    """
+
+    N: int
+    K: int
+    scheme: Scheme
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    device: str
+    features: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        qt: QuantizedTensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        features: frozenset[str] | None = None,
+    ) -> Problem:
+        """The problem of running `qt` at `scheme` on this machine (or on one with `features`)."""
+        N, K = qt.shape
+        kind = torch.device(device).type
+        return cls(N, K, scheme, dtype, qt.scale.dtype, kind, cpu_features() if features is None else features)
+
+
+class PackedWeight(ABC):
+    """A weight [N, K] prepared for one implementation; a subclass is an entry of the table in `dispatch`.
+
+    Calling it with x [M, K] in the problem's dtype gives x Wᵀ [M, N] in the same dtype. The weight it stands for is
+    `QuantizedTensor.dequantize` in float32 at every M; a path that multiplies in 16 bits rounds it once to those.
+    """
+
+    NAME: ClassVar[str]
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    @abstractmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        """None if this implementation can run the problem, else why not."""
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, problem: Problem) -> str:
+        """What it does for a problem it can run: operator, limits, bits per weight in memory."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
+        """Pack `qt`, which stays as it is."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N]."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight as an embedding reads them: index [n] -> [n, K] in the problem's dtype."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K], formed in float32 and rounded once to `dtype`."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything held in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.tensors[0].device
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """What this machine's CPU offers, as torch reports it (lower `ATEN_CPU_CAPABILITY` is honoured)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX512"):
+        return frozenset()
+    found = {AVX512}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():
+        found.add(NATIVE_BF16)
+    if torch.cpu._is_vnni_supported() and _int_mm_is_exact():
+        found.add(VNNI)
+    return frozenset(found)
+
+
+def _int_mm_is_exact() -> bool:
+    """Without VNNI, torch._int_mm adds products in 16 bits that saturate, and says nothing; so it is tried once."""
+    largest = torch.full((2, 64), 127, dtype=torch.int8)
+    exact = 64 * 127 * 127
+    return all(bool((torch._int_mm(largest[:m], largest.t()) == exact).all()) for m in (1, 2))

