@@ -26,8 +26,9 @@ demo: $(STAMP)
 demo-quick: $(STAMP)
 	$(BIN)/python scripts/demo.py --quick
 
+# One thread a process and as many processes as cores: small tensors gain nothing from threads that wait for each other.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 FOLDER is the package's `data` folder (Debian: r-cran-janeaustenr unpacks to usr/lib/R/site-library/janeaustenr/data).
 R keeps the lines of each novel as a serialized character vector in a lazy-load pair: Rdata.rdb holds zlib chunks
-(4 bytes length, then data), and the novel is the chunk that holds most of its opening lines.
+(4 bytes length, then data); the novel is the chunk whose first lines name it. The lines of a paragraph, wrapped at 70
+columns in the package, are joined by spaces, and paragraphs are separated by a blank line.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 import zlib
@@ -52,8 +54,9 @@ def main() -> None:
     for chunk in chunks((folder / "Rdata.rdb").read_bytes()):
         lines = strings(chunk)
         if any(novel in line.lower() for line in lines[:5]):
-            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            print(f"{out}: {len(lines)} lines")
+            paragraphs = [" ".join(p.split("\n")) for p in re.split(r"\n\s*\n", "\n".join(lines))]
+            out.write_text("\n\n".join(paragraphs), encoding="utf-8")
+            print(f"{out}: {len(paragraphs)} paragraphs")
             return
     raise SystemExit(f"no novel whose first lines name {novel!r} in {folder}")
 

@@ -55,8 +55,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def module_name(disk_name: str) -> str:
-    """Mixtral is the one family here whose names on disk are not the model's."""
-    return disk_name.replace(".block_sparse_moe.", ".mlp.")
+    """Mixtral's expert layers and GPT-NeoX's head are named otherwise on disk than in the model."""
+    return disk_name.replace(".block_sparse_moe.", ".mlp.").replace("embed_out", "lm_head")
 
 
 def read(folder: Path) -> Quantized:
@@ -78,17 +78,18 @@ def read(folder: Path) -> Quantized:
     return Quantized(tensors, matrices, {p: schemes[module_name(p)] for p in prefixes}, config, stored)
 
 
-def twin(source: Path, quantized: Quantized, where: Path) -> Any:
-    """The source model with the dequantized weights in place of its own, loaded by plain transformers."""
+def twin(source: Path, quantized: Quantized, where: Path, dtype: torch.dtype | None = None) -> Any:
+    """The source model with the dequantized weights in place of its own, loaded by plain transformers. dtype: of the
+    model; None = the quantized folder's."""
     from transformers import AutoModelForCausalLM
 
     where.mkdir()
-    dtype = getattr(torch, quantized.config["dtype"])
-    tensors = dict(quantized.kept)
+    dtype = dtype or getattr(torch, quantized.config["dtype"])
+    tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in quantized.kept.items()}
     tensors |= {f"{p}.weight": qt.dequantize(dtype) for p, qt in quantized.matrices.items()}
     save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    config["dtype"] = quantized.config["dtype"]
+    config["dtype"] = str(dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = quantized.config.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     (where / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     return AutoModelForCausalLM.from_pretrained(where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_descent_only_goes_down_and_stays_on_the_grid(
         levels = new / scale
         torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
         assert (levels.round() >= lo).all() and (levels.round() <= hi).all()
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert (after <= before * (1 + 1e-5) + 1e-9).all()
     assert all(torch.equal(x, y) for x, y in zip(arguments, (Q, T, H), strict=True))
     if passes == 0:

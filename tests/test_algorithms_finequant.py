@@ -19,6 +19,7 @@ from bitwright.algorithms.finequant import (
     FineQuantOptions,
     allocate,
     choices,
+    common_group_sizes,
     group_sizes,
     ladder,
     range_ratio,
@@ -97,9 +98,7 @@ def test_ladder_tells_spiky_from_plain() -> None:
     alphas=st.tuples(st.floats(0, 6), st.floats(0, 6)),
     seed=st.integers(0, 99),
 )
-def test_larger_alpha_is_never_finer(
-    K: int, share: float, size: float, alphas: tuple[float, float], seed: int
-) -> None:
+def test_larger_alpha_is_never_finer(K: int, share: float, size: float, alphas: tuple[float, float], seed: int) -> None:
     W = spiky(4, K, share, size, seed)
     low, high = (ladder([W], FineQuantOptions(alpha=a)) or K for a in sorted(alphas))
     assert low <= high
@@ -111,6 +110,30 @@ def test_a_stack_shares_one_size_by_its_rows() -> None:
     for alpha in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
         options = FineQuantOptions(alpha=alpha)
         assert ladder([a, b], options) == ladder([torch.cat([a, b])], options)
+
+
+def test_matrices_of_two_widths_share_one_size() -> None:
+    """gate/up [., 192] and down [., 320] of one stack: sizes that divide both; a scale per row costs 16 bits for every
+    row, whatever its width. One spike of 8 in rows of ones: R(g) is (1 + (G - 1) / 8) / G for G groups."""
+    up, down = torch.ones(10, 192), torch.ones(6, 320)
+    up[:, 5], down[:, 7] = 8.0, 8.0
+    options = FineQuantOptions(groups=(96, 80, 64, 32))
+    assert common_group_sizes([up, down], options) == [None, 64, 32]
+
+    def ratio(g: int) -> float:
+        return sum(rows * (1 + (K // g - 1) / 8) / (K // g) for rows, K in ((10, 192), (6, 320))) / 16
+
+    per_row = 16 * 16 / (10 * 192 + 6 * 320)  # scale bits per weight with one scale per row
+    first = math.log2(1 / ratio(64)) / (16 / 64 - per_row)
+    second = math.log2(ratio(64) / ratio(32)) / (16 / 32 - 16 / 64)
+    assert second < first
+    for alpha, want in ((0.99 * second, 32), (1.01 * second, 64), (0.99 * first, 64), (1.01 * first, None)):
+        got = ladder([up, down], FineQuantOptions(alpha=alpha, groups=(96, 80, 64, 32)))
+        assert got == want == ladder([down, up], FineQuantOptions(alpha=alpha, groups=(96, 80, 64, 32)))
+    found = {
+        c.scheme.group_size: c.bits for c in choices([up, down], True, FineQuantOptions(bits=(4,), groups=(96, 64)))
+    }
+    assert found == {None: 4 * 3840 + 16 * 16, 64: 4 * 3840 + 16 * 3840 // 64}
 
 
 @pytest.mark.parametrize("K", [32, 48, 100, 384, 576, 960, 1000, 1536, 4096])

@@ -152,9 +152,7 @@ def test_lazy_blocks_do_not_matter(order: str, static: bool, K: int, g: int | No
     scheme = WeightScheme(4, g)
     safe = gptq_oracle(W, H, scheme, order=order, static_groups=static).safe
     assert safe.mean() >= 0.7
-    results = [
-        solve(W, H, scheme, order=order, static_groups=static, block_size=b).tensor for b in (1, 16, 32, 128, K)
-    ]
+    results = [solve(W, H, scheme, order=order, static_groups=static, block_size=b).tensor for b in (1, 16, 32, 128, K)]
     for other in results[1:]:
         assert torch.equal(other.codes[safe], results[0].codes[safe])
         assert torch.equal(other.scale[safe], results[0].scale[safe])
@@ -234,9 +232,7 @@ def test_polish_never_worsens_a_row(bits: int, symmetric: bool, g: int | None) -
     W, H = problem(100, seed=31)
     scheme = WeightScheme(bits, g, symmetric)
     Hd = damped64(H, 0.01, 0.05)
-    losses = [
-        objective(solve(W, H, scheme, search="mse", rounds=r).tensor.dequantize(), W, Hd) for r in (0, 1, 3)
-    ]
+    losses = [objective(solve(W, H, scheme, search="mse", rounds=r).tensor.dequantize(), W, Hd) for r in (0, 1, 3)]
     assert (losses[1] <= losses[0] * (1 + 1e-5)).all()
     assert (losses[2] <= losses[1] * (1 + 1e-5)).all()
     if bits <= 3:

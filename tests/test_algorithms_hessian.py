@@ -12,7 +12,7 @@ from bitwright.algorithms.hessian import Gram, damped, factorize
 
 @pytest.mark.parametrize("K", [1, 7, 287, 288, 289, 576, 600])
 def test_gram_is_the_mean_of_outer_products(K: int) -> None:
-    """Widths around the tile, several additions of unequal length, an empty one (an expert without tokens) among them."""
+    """Widths around the tile; several additions of unequal length, an empty one (an expert without tokens) too."""
     X = correlated(50, K, seed=K)
     gram = Gram(K)
     for part in (X[:1], X[1:30], X[:0], X[30:]):
@@ -108,7 +108,14 @@ def with_least_eigenvalue(value: float, K: int = 40) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "least,start,end",
-    [(0.1, 0.01, 0.01), (-0.02, 0.01, 0.1), (-0.3, 0.01, 1.0), (-0.3, 0.5, 0.5), (-0.0005, 0.0, 0.001), (-0.3, 0.0, 1.0)],
+    [
+        (0.1, 0.01, 0.01),
+        (-0.02, 0.01, 0.1),
+        (-0.3, 0.01, 1.0),
+        (-0.3, 0.5, 0.5),
+        (-0.0005, 0.0, 0.001),
+        (-0.3, 0.0, 1.0),
+    ],
 )
 def test_damping_rises_tenfold_until_a_factor_exists(least: float, start: float, end: float) -> None:
     H = with_least_eigenvalue(least)
@@ -125,7 +132,9 @@ def test_shrinkage_helps_before_damping_does() -> None:
     assert factor is not None and factor.damp_percent == 0.01
 
 
-@pytest.mark.parametrize("kind", ["inf", "inf off the diagonal", "nan", "nan off the diagonal", "negative", "indefinite"])
+@pytest.mark.parametrize(
+    "kind", ["inf", "inf off the diagonal", "nan", "nan off the diagonal", "negative", "indefinite"]
+)
 def test_no_factor(kind: str) -> None:
     H = with_least_eigenvalue(-1.5 if kind == "indefinite" else 0.5)
     bad = float("inf") if kind.startswith("inf") else float("nan")

@@ -1,4 +1,4 @@
-"""Bad input ends in one error of our tree that names the thing and the way out, and leaves nothing that looks finished."""
+"""Bad input ends in one error of our tree, naming the thing and the way out, and leaves nothing that looks finished."""
 
 from __future__ import annotations
 
@@ -152,6 +152,7 @@ def test_a_kept_tensor_that_is_not_finite(model: Path, text: str, tmp_path: Path
     t.view(-1)[3] = float("nan")
     change(model, **{name: t})
     refused(NumericsError, name, model=model, out=tmp_path / "out", calibration=text, **ALGORITHMS[algorithm])
+    assert not (tmp_path / "out.partial").exists()  # found before the long part
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"])
@@ -301,7 +302,8 @@ def test_no_tokenizer_or_a_wrong_one(model: Path, text: str, tmp_path: Path) -> 
         (SchemeError, ("rounds", "0.5"), {"scheme": "w4a16", "options": {"rounds": 0.5}}),
         (SchemeError, ("block_size",), {"scheme": "w4a16", "options": {"block_size": 0}}),
         (SchemeError, ("groups", "list"), {"scheme": "w4a16", "algorithm": "finequant", "options": {"groups": 64}}),
-        (SchemeError, ("w8a8",), {"scheme": "w8a8", "algorithm": "finequant"}),
+        (SchemeError, ("w8a8", "gptq"), {"scheme": "w8a8", "algorithm": "finequant"}),
+        (SchemeError, ("w8a8", "gptq"), {"scheme": "w8a8", "algorithm": "finequant", "options": {"budget": 8}}),
         (RecipeError, ("awq", "gptq"), {"scheme": "w4a16", "algorithm": "awq"}),
         (SchemeError, ("float99", "bfloat16"), {"scheme": "w4a16", "dtype": "float99"}),
         (FormatError, ("gguf", "native"), {"scheme": "w4a16", "format": "gguf"}),

@@ -3,88 +3,20 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from algorithm_oracles import rng
-from conftest import FAMILIES, build_tiny
+from calibrate_rig import BATCHES, B, L, no_hooks_left, observed, rig_of
+from conftest import FAMILIES
 from torch import Tensor, nn
 
 from bitwright.algorithms.rtn import rtn
-from bitwright.calibrate.capture import Call, Forward, Group, block_calls, first_tensor, stopping, trace
+from bitwright.calibrate.capture import Group, first_tensor
 from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
 from bitwright.errors import NumericsError, StructureError
-from bitwright.models.discover import discover
-from bitwright.models.experts import unfuse
 from bitwright.scheme import WeightScheme
-
-B, L, BATCHES = 2, 9, 3
-
-
-@dataclass
-class Rig:
-    """A tiny model with unfused experts, and its blocks' inputs for a few micro-batches."""
-
-    model: Any
-    modules: list[nn.Module]
-    blocks: tuple[Any, ...]
-    hidden: list[Tensor]
-    calls: list[list[Call]]
-
-    def names(self, i: int) -> list[str]:
-        prefix = self.blocks[i].name + "."
-        return [x.name.removeprefix(prefix) for x in self.blocks[i].all_linears]
-
-    def routed(self, i: int) -> set[str]:
-        prefix = self.blocks[i].name + "."
-        return {x.name.removeprefix(prefix) for stack in self.blocks[i].experts for x in stack.linears}
-
-    def calls_of(self, i: int) -> list[Call]:
-        return [call[i] for call in self.calls]
-
-    def groups(self, i: int) -> list[Group]:
-        return trace(self.modules[i], self.hidden[0], self.calls[0][i], self.names(i), self.routed(i))
-
-
-def rig_of(model: Any, seed: int = 0) -> Rig:
-    structure = discover(model)
-    modules = [model.get_submodule(block.name) for block in structure.blocks]
-    for module, block in zip(modules, structure.blocks, strict=True):
-        for stack in block.experts:
-            unfuse(module, stack)
-    ids = torch.randint(2, 320, (BATCHES, B, L), generator=rng(seed))
-    with torch.no_grad():
-        passes = [block_calls(model.base_model, modules, batch, wrap_for(model)) for batch in ids]
-    return Rig(model, modules, structure.blocks, [h for h, _ in passes], [calls for _, calls in passes])
-
-
-def wrap_for(model: Any) -> Callable[[Tensor], Any]:
-    """Blocks of these families return a tuple."""
-    tuples = ("Falcon", "OPT")
-    return (lambda h: (h, None)) if type(model).__name__.startswith(tuples) else (lambda h: h)
-
-
-@torch.no_grad()
-def observed(block: nn.Module, hidden: Tensor, call: Call, names: Sequence[str]) -> tuple[Tensor, dict, dict]:
-    """An ordinary forward of the block: its output, and the inputs and outputs of the submodules `names`."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    handles = []
-    for name in names:
-
-        def hook(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-            inputs[name], outputs[name] = args[0], output
-
-        handles.append(block.get_submodule(name).register_forward_hook(hook))
-    result = first_tensor(block(hidden, *call.args, **call.kwargs))
-    for handle in handles:
-        handle.remove()
-    return result, inputs, outputs
 
 
 def rounding(block: nn.Module) -> Callable[[Group, Statistics], None]:
@@ -114,247 +46,6 @@ def idle(group: Group, stats: Statistics) -> None:
     """A solver that leaves the weights alone."""
 
 
-def no_hooks_left(block: nn.Module) -> bool:
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-
-
-# ------------------------------------------------------------------------------------------------- block_calls
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_block_calls_lead_through_the_model_as_it_runs(tiny_model, family: str) -> None:
-    """Hidden states and arguments caught while the blocks are passed by are those of an ordinary forward."""
-    model = tiny_model(family)
-    blocks = [model.get_submodule(b.name) for b in discover(model).blocks]
-    ids = torch.randint(2, 320, (B, L), generator=rng(3))
-    entered: list[Tensor] = []
-    handles = [
-        block.register_forward_pre_hook(
-            lambda m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-        for block in blocks
-    ]
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    for handle in handles:
-        handle.remove()
-    hidden, calls = block_calls(model.base_model, blocks, ids, wrap_for(model))
-    assert torch.equal(hidden, entered[0]) and len(calls) == len(blocks)
-    with torch.no_grad():
-        for block, call, want in zip(blocks, calls, [*entered[1:], None], strict=True):
-            hidden = first_tensor(block(hidden, *call.args, **call.kwargs))
-            assert want is None or torch.equal(hidden, want)
-        assert all("forward" not in block.__dict__ for block in blocks)
-        assert torch.equal(model(ids, use_cache=False).logits, logits)
-
-
-def test_block_calls_compute_nothing_and_take_blocks_on_meta(tiny_model) -> None:
-    model = tiny_model("llama")
-    blocks = list(model.model.layers)
-    ids = torch.randint(2, 320, (1, 5), generator=rng(0))
-    want, calls = block_calls(model.base_model, blocks, ids, lambda h: h)
-    for block in blocks:
-        block.to("meta")
-    hidden, again = block_calls(model.base_model, blocks, ids, lambda h: h)
-    assert torch.equal(hidden, want)
-    for a, b in zip(calls[1].kwargs["position_embeddings"], again[1].kwargs["position_embeddings"], strict=True):
-        assert torch.equal(a, b)
-
-
-def test_models_that_skip_blocks_are_refused(tiny_model) -> None:
-    model = tiny_model("llama", num_hidden_layers=3)
-    blocks = list(model.model.layers)
-    own = blocks[1]
-    model.model.layers = nn.ModuleList([blocks[0], blocks[2]])
-    with pytest.raises(StructureError, match="2 of 3 blocks were called"):
-        block_calls(model.base_model, [blocks[0], own, nn.Identity()], torch.zeros(1, 4, dtype=torch.long), lambda h: h)
-    assert all("forward" not in block.__dict__ for block in blocks)
-
-
-# ------------------------------------------------------------------------------------------------- trace
-
-ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), False)
-EXPERTS = [((f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj"), False) for e in range(4)] + [
-    ((f"mlp.experts.{e}.down_proj",), False) for e in range(4)
-]
-GROUPS = {
-    "llama": [
-        ATTENTION,
-        (("self_attn.o_proj",), True),
-        (("mlp.gate_proj", "mlp.up_proj"), False),
-        (("mlp.down_proj",), True),
-    ],
-    "opt": [ATTENTION, (("self_attn.out_proj",), True), (("fc1",), False), (("fc2",), True)],
-    "falcon": [
-        (("self_attention.query_key_value",), False),
-        (("self_attention.dense",), True),
-        (("mlp.dense_h_to_4h",), False),
-        (("mlp.dense_4h_to_h",), True),
-    ],
-    "gpt_neox": [
-        (("attention.query_key_value",), False),
-        (("attention.dense",), True),
-        (("mlp.dense_h_to_4h",), False),
-        (("mlp.dense_4h_to_h",), True),
-    ],
-    "mixtral": [ATTENTION, (("self_attn.o_proj",), True), *EXPERTS],
-    "qwen3_moe": [ATTENTION, (("self_attn.o_proj",), True), *EXPERTS],
-    "qwen2_moe": [
-        ATTENTION,
-        (("self_attn.o_proj",), True),
-        (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), False),
-        (("mlp.shared_expert.down_proj",), False),  # gated before it is added
-        *EXPERTS,
-    ],
-}
-
-
-def plain(groups: Sequence[Group]) -> list[tuple[tuple[str, ...], bool]]:
-    return [(g.names, g.writes) for g in groups]
-
-
-def leaf_names(groups: Sequence[tuple], leaves: dict[str, str]) -> list[tuple[tuple[str, ...], bool]]:
-    """The expected groups with a family's own names of experts' linears."""
-
-    def rename(name: str) -> str:
-        head, _, leaf = name.rpartition(".")
-        return f"{head}.{leaves.get(leaf, leaf)}" if ".experts." in name else name
-
-    return [(tuple(rename(n) for n in names), writes) for names, writes in groups]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_trace_finds_shared_inputs_and_writers(tiny_model, family: str) -> None:
-    rig = rig_of(tiny_model(family))
-    leaves = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if family == "mixtral" else {}
-    before = {k: v.clone() for k, v in rig.modules[-1].state_dict().items()}
-    assert plain(rig.groups(-1)) == leaf_names(GROUPS[family], leaves)
-    assert no_hooks_left(rig.modules[-1])
-    assert all(torch.equal(v, before[k]) for k, v in rig.modules[-1].state_dict().items())
-
-
-@pytest.mark.parametrize("seed", range(1, 5))
-@pytest.mark.parametrize("family", ["llama", "falcon", "gpt_neox", "opt"])
-def test_trace_does_not_depend_on_the_weights(tiny_model, family: str, seed: int) -> None:
-    rig = rig_of(tiny_model(family, seed=seed), seed)
-    for i in range(2):
-        assert plain(rig.groups(i)) == GROUPS[family]
-
-
-@pytest.mark.parametrize(
-    "family,changes,writers",
-    [
-        ("opt", {"do_layer_norm_before": False}, set()),  # a norm follows each addition
-        ("gpt_neox", {"use_parallel_residual": False}, {"attention.dense", "mlp.dense_4h_to_h"}),
-        ("falcon", {"parallel_attn": False}, {"self_attention.dense", "mlp.dense_4h_to_h"}),
-        ("falcon", {"new_decoder_architecture": True}, {"self_attention.dense", "mlp.dense_4h_to_h"}),
-        ("llama", {"intermediate_size": 32, "num_key_value_heads": 4}, {"self_attn.o_proj", "mlp.down_proj"}),
-    ],
-)
-def test_writers_of_variants(tiny_model, family: str, changes: dict, writers: set[str]) -> None:
-    rig = rig_of(tiny_model(family, **changes))
-    assert {g.names[0] for g in rig.groups(0) if g.writes} == writers
-
-
-@pytest.mark.parametrize("kind", ["Gemma2", "Granite"])
-def test_outputs_that_are_normed_or_scaled_first_do_not_write(kind: str) -> None:
-    """Gemma 2 norms what attention and MLP return, Granite scales it: the stream does not hold it as it is."""
-    import transformers as tf
-
-    common = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 1}
-    own = {"head_dim": 8} if kind == "Gemma2" else {"residual_multiplier": 0.22}
-    rig = rig_of(build_tiny(getattr(tf, f"{kind}Config")(**common, **heads, **own)))
-    assert [g.names for g in rig.groups(0)] == [names for names, _ in GROUPS["llama"]]
-    assert not any(g.writes for g in rig.groups(0))
-
-
-# ------------------------------------------------------------------------------------------------- forwards that stop
-
-
-class Twice(nn.Module):
-    """Calls one linear twice and another in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
-        return self.a(self.b(self.a(x)) * scale) + x, "more"
-
-
-@pytest.fixture
-def twice() -> Twice:
-    torch.manual_seed(0)
-    return Twice()
-
-
-def test_a_linear_called_twice_stops_once(twice: Twice) -> None:
-    x, call = torch.randn(2, 3, 8), Call((), {"scale": 2.0})
-    assert plain(trace(twice, x, call, ["a", "b"])) == [(("a",), True), (("b",), False)]
-    with torch.no_grad(), stopping(twice, ["a", "b"]):
-        forward = Forward(twice, x, call, ["a", "b"])
-        first, second = forward.advance(), forward.advance()
-        assert first is not None and first.name == "a" and first.x is x
-        assert second is not None and second.name == "b"
-        assert forward.output is None and forward.advance() is None
-        assert forward.output is not None and torch.equal(forward.output, twice(x, 2.0)[0])
-    assert no_hooks_left(twice)
-
-
-def test_weights_replaced_at_a_stop_are_used(twice: Twice) -> None:
-    x = torch.randn(1, 3, 8)
-    with torch.no_grad(), stopping(twice, ["b"]):
-        forward = Forward(twice, x, Call((), {}), ["b"])
-        forward.advance()
-        twice.b.weight = nn.Parameter(torch.zeros(8, 8))
-        forward.advance()
-        assert forward.output is not None
-        assert torch.equal(forward.output, twice.a(torch.zeros(1, 3, 8)) + x)
-
-
-def test_several_forwards_wait_at_once_and_plain_ones_pass(twice: Twice) -> None:
-    xs = [torch.randn(1, 3, 8) for _ in range(3)]
-    with torch.no_grad(), stopping(twice, ["a", "b"]):
-        forwards = [Forward(twice, x, Call((), {}), ["a", "b"]) for x in xs]
-        assert [f.advance().x is x for f, x in zip(forwards, xs, strict=True)] == [True] * 3
-        assert torch.equal(twice(xs[0])[0], twice(xs[0])[0])  # hooks let other callers through
-        for forward in reversed(forwards):
-            assert forward.advance().name == "b" and forward.advance() is None
-        assert all(torch.equal(f.output, twice(x)[0]) for f, x in zip(forwards, xs, strict=True))
-
-
-def test_a_closed_forward_lets_its_tensors_go(twice: Twice) -> None:
-    with torch.no_grad(), stopping(twice, ["a", "b"]):
-        x = torch.randn(1, 3, 8)
-        watched = weakref.ref(x)
-        forward = Forward(twice, x, Call((), {}), ["a", "b"])
-        stop = forward.advance()
-        assert stop is not None
-        forward.close()
-        del x, stop
-        gc.collect()
-        assert watched() is None or forward.output is None
-        forward.close()  # closing again, or one that never started, is harmless
-        Forward(twice, torch.randn(1, 3, 8), Call((), {}), ["a"]).close()
-    del forward
-    gc.collect()
-    assert watched() is None
-
-
-def test_errors_of_the_block_reach_the_caller(twice: Twice) -> None:
-    with stopping(twice, ["a"]):
-        forward = Forward(twice, torch.randn(1, 3, 8), Call((), {"scale": "much"}), ["a"])
-        forward.advance()
-        with pytest.raises(TypeError):
-            forward.advance()
-    with pytest.raises(StructureError, match="returned dict"):
-        first_tensor({"hidden": torch.zeros(1)})
-
-
-# ------------------------------------------------------------------------------------------------- run_block
-
-
 @pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_of_an_idle_solver_are_the_plain_forward(tiny_model, family: str, one_pass: bool) -> None:
@@ -376,9 +67,7 @@ def test_streams_of_an_idle_solver_are_the_plain_forward(tiny_model, family: str
             routed=rig.routed(i),
         )
         with torch.no_grad():
-            hidden = [
-                first_tensor(block(h, *c.args, **c.kwargs)) for h, c in zip(hidden, rig.calls_of(i), strict=True)
-            ]
+            hidden = [first_tensor(block(h, *c.args, **c.kwargs)) for h, c in zip(hidden, rig.calls_of(i), strict=True)]
         assert streams.reference is not None
         for h, ours, theirs in zip(hidden, streams.quantized, streams.reference, strict=True):
             assert torch.equal(ours, h) and torch.equal(theirs, h)
@@ -442,7 +131,7 @@ def test_statistics_are_those_of_ordinary_forwards(tiny_model, family: str, sink
                 continue
             assert set(stats.corrections) == set(group.names)
             for linear in group.names:
-                weight = reference.get_submodule(linear).weight.double()
+                weight = reference.get_submodule(linear).weight.detach().double()
                 D = torch.zeros(weight.shape, dtype=torch.float64)
                 for k in range(BATCHES):
                     d = (ys[k] - xs[k]) @ weight.T
@@ -455,10 +144,10 @@ def test_statistics_are_those_of_ordinary_forwards(tiny_model, family: str, sink
                         for writer in earlier:
                             present = present + ours[k][2][writer].reshape(-1, wide).double()
                         bias = reference.get_submodule(linear).bias
-                        d = target - (present + xs[k] @ weight.T + (0 if bias is None else bias.double()))
+                        d = target - (present + xs[k] @ weight.T + (0 if bias is None else bias.detach().double()))
                     D += (d * w[k][:, None]).T @ xs[k] / tokens
                 assert D.abs().max() > 1e-3
-                got = stats.corrections[linear].double()
+                got = stats.corrections[linear].detach().double()
                 torch.testing.assert_close(got, D, rtol=1e-3, atol=1e-5 * float(D.abs().max()) + 1e-6)
             if group.writes:
                 earlier.append(name)
@@ -611,9 +300,7 @@ def test_part_of_a_group_and_some_linears_only(tiny_model) -> None:
     groups = [Group(("self_attn.v_proj",), False), Group(("mlp.down_proj",), True)]
     streams = Streams(list(rig.hidden))
     block = rig.modules[0]
-    run_block(
-        "layer", block, None, streams, rig.calls_of(0), groups, lambda g: Needs(), keeping(seen), one_pass=False
-    )
+    run_block("layer", block, None, streams, rig.calls_of(0), groups, lambda g: Needs(), keeping(seen), one_pass=False)
     out, x, _ = observed(block, rig.hidden[0], rig.calls_of(0)[0], ["self_attn.q_proj"])
     assert torch.equal(streams.quantized[0], out)
     assert set(seen) == {"self_attn.v_proj", "mlp.down_proj"}

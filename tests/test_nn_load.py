@@ -18,7 +18,7 @@ from bitwright.formats import FORMATS
 from bitwright.nn.attention import NAME
 from bitwright.nn.embedding import QuantEmbedding
 from bitwright.nn.experts import QuantExperts
-from bitwright.nn.linear import QuantLinear
+from bitwright.nn.linear import FlatLinear, QuantLinear
 from bitwright.nn.load import explain, load
 from bitwright.nn.packed import PackedModule
 from bitwright.qtensor import QuantizedTensor
@@ -132,6 +132,7 @@ def test_decoding_with_a_cache(text: str, tiny_folder: Any, tmp_path: Path) -> N
     quantized, plain = make(tiny_folder("llama"), tmp_path, lambda n, t: scheme if is_linear(n, t) else None, "native")
     model, expected = load(quantized), reference(plain)
     assert model.config._attn_implementation == NAME
+    assert isinstance(model.lm_head, FlatLinear) and model.lm_head.weight is model.model.embed_tokens.weight
     mask = torch.ones_like(PROMPT)
     mask[0, :4] = 0
     cache, got = None, None

@@ -8,7 +8,7 @@ from torch import nn
 
 from bitwright.errors import BitwrightError, OutputError, SchemeError
 from bitwright.nn.embedding import QuantEmbedding
-from bitwright.nn.linear import QuantLinear
+from bitwright.nn.linear import FlatLinear, QuantLinear
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 
@@ -82,3 +82,12 @@ def test_embedding_is_nn_embedding(text: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         rows = QuantEmbedding.from_quantized(qt, scheme, dtype=dtype)(index)
         assert torch.equal(rows, nn.functional.embedding(index, qt.dequantize(dtype)))
+
+
+def test_flat_linear_is_nn_linear() -> None:
+    linear = nn.Linear(24, 40)
+    flat = FlatLinear.adopt(linear)
+    x = torch.randn(2, 9, 24)
+    assert flat.weight is linear.weight and isinstance(flat, nn.Linear)
+    for part in (x, x[:, -1:], x[:1, -1:], x[0, 0], x[:, :0]):
+        torch.testing.assert_close(flat(part), linear(part))

@@ -105,7 +105,9 @@ def test_asymmetric_range_always_holds_zero(bits: int) -> None:
         assert not dequantized(torch.zeros_like(W), grid).any()
     grid = choose_grid(W, WeightScheme(bits, 8, symmetric=False), "minmax")
     assert (grid.zero_point[:8] == -(2 ** (bits - 1))).all()
-    assert (grid.zero_point[8:] >= 2 ** (bits - 1) - (1 if bits < 8 else 2)).all()  # the rounded scale may move it by one
+    assert (
+        grid.zero_point[8:] >= 2 ** (bits - 1) - (1 if bits < 8 else 2)
+    ).all()  # the rounded scale may move it by one
 
 
 # ------------------------------------------------------------------------------------------------- least error
@@ -226,7 +228,6 @@ def test_groups_are_independent(K: int, g: int | None, search: str, symmetric: b
         assert error[0] == pytest.approx(error[1], rel=1e-4, abs=1e-12)
         if search == "minmax":
             assert torch.equal(alone.scale[:, 0], grid.scale[3:5, i]) and torch.equal(a, b)
-        assert torch.equal(grid.group(i).scale[:, 0], grid.scale[:, i])
 
 
 def test_many_rows_are_worked_on_in_parts() -> None:

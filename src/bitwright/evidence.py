@@ -156,21 +156,36 @@ def _plain(options: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
 
 
-def run_record(clock: Clock, device: torch.device) -> dict[str, Any]:
-    """bitwright-run.json: what this process took. A resumed run counts from its last start."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def run_record(clock: Clock, device: torch.device, earlier: dict[str, Any]) -> dict[str, Any]:
+    """bitwright-run.json: what the run took, summed over its processes if interrupted (of peaks, the largest)."""
     out: dict[str, Any] = {
-        "seconds": round(time.perf_counter() - clock.started[0], 3),
-        "cpu_seconds": round(time.process_time() - clock.started[1], 3),
-        "seconds_by_phase": {k: round(v, 3) for k, v in clock.wall.items()},
-        "cpu_seconds_by_phase": {k: round(v, 3) for k, v in clock.cpu.items()},
-        "peak_rss_bytes": peak * 1024,
+        "seconds": round(time.perf_counter() - clock.started[0] + earlier.get("seconds", 0.0), 3),
+        "cpu_seconds": round(time.process_time() - clock.started[1] + earlier.get("cpu_seconds", 0.0), 3),
+        "seconds_by_phase": _sum(clock.wall, earlier.get("seconds_by_phase", {})),
+        "cpu_seconds_by_phase": _sum(clock.cpu, earlier.get("cpu_seconds_by_phase", {})),
+        "peak_rss_bytes": max(_peak_rss(), earlier.get("peak_rss_bytes", 0)),
+        "interruptions": earlier.get("interruptions", -1) + 1,
         "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.system()},
     }
     if device.type == "cuda":
         out["machine"]["gpu"] = torch.cuda.get_device_name(device)
-        out["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+        out["peak_gpu_bytes"] = max(torch.cuda.max_memory_allocated(device), earlier.get("peak_gpu_bytes", 0))
     return out
+
+
+def _sum(now: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
+    return {
+        k: round(now.get(k, 0.0) + earlier.get(k, 0.0), 3) for k in (*earlier, *(k for k in now if k not in earlier))
+    }
+
+
+def _peak_rss() -> int:
+    """Largest resident size of this process in bytes (VmHWM where there is one: ru_maxrss begins at the parent's)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _processor() -> str:
@@ -259,7 +274,9 @@ def _config(source: SourceModel, plan: Plan) -> dict[str, Any]:
     config = dict(source.config_dict)
     config.pop("torch_dtype", None)
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    if plan.untie:
+    structure = source.structure
+    if plan.untie or (structure.lm_head is not None and not structure.tied):
+        # Said aloud: some models tie by default, and some configs say so where the stored matrices differ.
         config["tie_word_embeddings"] = False
     schemes = {name: e.scheme for name, e in plan.entries.items()}
     classes = {n: e.linear.class_name for n, e in plan.entries.items() if e.linear.class_name != "Linear"}

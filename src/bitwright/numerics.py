@@ -18,7 +18,7 @@ Two searches:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +41,6 @@ class Grid:
     scale: Tensor
     zero_point: Tensor | None
     scheme: WeightScheme
-
-    def group(self, i: int) -> Grid:
-        """The one-group grid [N, 1] of group i."""
-        return Grid(self.scale[:, i : i + 1], None if self.zero_point is None else self.zero_point[:, i : i + 1], self.scheme)
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -97,15 +93,20 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _error(w: Tensor, c: Tensor, scale: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
-    """Weighted squared error [n, G] of groups w [n, G, g] on the grid k * scale, k in [lo, hi]."""
+def _error(w: Tensor, c: Tensor, scale: Tensor, lo: Any, hi: Any) -> Tensor:
+    """Weighted squared error [n, G] of groups w [n, G, g] on the grid k * scale, k in [lo, hi] (numbers or tensors)."""
     s = scale.unsqueeze(-1)
     q = torch.mul(w, 1.0 / s).round_().clamp_(lo, hi)
     return q.mul_(s).sub_(w).square_().mul_(c).sum(-1)
 
 
 # Clipping ratios tried, by bits: few bits want harder clipping. The polish below closes the gaps between them.
-_RATIOS = {2: (0.35, 0.45, 0.55, 0.65, 0.8, 1.0), 3: (0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 4: (0.7, 0.8, 0.88, 0.94, 1.0), 8: (0.98, 1.0)}
+_RATIOS = {
+    2: (0.35, 0.45, 0.55, 0.65, 0.8, 1.0),
+    3: (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    4: (0.7, 0.8, 0.88, 0.94, 1.0),
+    8: (0.98, 1.0),
+}
 _POLISH = 3
 
 

@@ -93,16 +93,17 @@ def quantize(
         samples, text = _samples(source, plan, calibration, num_samples, seq_len, seed, trust_remote_code)
         request = request_of(source, chosen, plan, text, samples, seq_len, seed, where)
         run = RunFolder(Path(out), request, overwrite)
+        earlier = run.spent()
     if run.finished < len(source.structure.blocks):
         if samples is not None:
-            _calibrated_blocks(source, plan, samples, run, where, max_memory, clock, report)
+            _calibrated_blocks(source, plan, samples, run, where, max_memory, clock, report, earlier)
         else:
             with clock.phase("solve"):
                 _data_free_blocks(source, plan, run, where, report)
     with clock.phase("write"):
         run.drop_streams(len(source.structure.blocks))
         record = make_record(source, plan, chosen, request, run)
-        finished = run_record(clock, where)
+        finished = run_record(clock, where, earlier)
         write_folder(source, plan, record, finished, run, overwrite, report)
     return Result(Path(out), record, finished)
 
@@ -208,6 +209,7 @@ def _calibrated_blocks(
     max_memory: str | None,
     clock: Clock,
     report: Progress,
+    earlier: dict[str, Any],
 ) -> None:
     blocks = source.structure.blocks
     compute = torch.float32 if device.type == "cpu" else source.dtype
@@ -249,6 +251,7 @@ def _calibrated_blocks(
         with clock.phase("save"):
             run.save_part(index, done.tensors, done.records)
             run.save_streams(index + 1, streams)
+            run.save_spent(run_record(clock, device, earlier))
         source.release(block.name)
     report("calibrate", len(blocks), len(blocks), "")
 

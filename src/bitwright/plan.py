@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,8 +14,9 @@ from bitwright.algorithms import finequant
 from bitwright.algorithms.gptq import GPTQOptions
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.formats import Format, choose, portability
+from bitwright.formats.portability import FUSED
 from bitwright.models.load import SourceModel
-from bitwright.models.structure import Linear
+from bitwright.models.structure import Linear, Structure
 from bitwright.numerics import Search, check_finite
 from bitwright.recipe import Assignment, Recipe
 from bitwright.scheme import Scheme
@@ -38,7 +39,7 @@ class Entry:
 @dataclass(frozen=True)
 class Plan:
     """entries by module path; kept: (name, reason) of every matrix that stays; format to write; portability notes;
-    dtype that scales and unquantized tensors are stored in; untie: lm_head must be written apart from the embedding."""
+    dtype that scales and unquantized tensors are stored in; untie: a tied lm_head gets its own tensor."""
 
     entries: Mapping[str, Entry]
     kept: tuple[tuple[str, str], ...]
@@ -109,14 +110,27 @@ def make_plan(
     kept += [(k.name, k.reason) for k in structure.others if (k.name.removesuffix(".weight") not in entries)]
     if not entries:
         raise RecipeError("the recipe keeps every matrix, so there is nothing to quantize; add a rule with a scheme")
+    untie = _share_tied(structure, entries, kept)
     entries = _choose_granularity(source, entries, progress)
     schemes = {n: e.scheme for n, e in entries.items()}
     widths = {n: e.linear.K for n, e in entries.items()}
     classes = {n: e.linear.class_name for n, e in entries.items() if e.linear.class_name != "Linear"}
     chosen = choose(schemes, widths, requested_format, classes)
     notes = portability(schemes, ignore=ignored(source, entries), widths=widths, classes=classes, requested=chosen.NAME)
-    untie = structure.tied and (structure.lm_head in entries) != (structure.embedding in entries)
     return Plan(entries, tuple(dict.fromkeys(kept)), chosen, tuple(notes), output_dtype(source, dtype), untie)
+
+
+def _share_tied(structure: Structure, entries: dict[str, Entry], kept: list[tuple[str, str]]) -> bool:
+    """Whether a tied head has to be stored apart, because it and the embedding are no longer the same matrix. If both
+    become the same quantized matrix, the embedding's entry stands for both."""
+    head, embedding = (None if n is None else entries.get(n) for n in (structure.lm_head, structure.embedding))
+    if not structure.tied or (head is None and embedding is None):
+        return False
+    if head is None or embedding is None or (head.scheme, head.options) != (embedding.scheme, embedding.options):
+        return True
+    del entries[head.linear.name]
+    kept.append((head.linear.name, f"tied: it is the quantized matrix of {structure.embedding}"))
+    return False
 
 
 def output_dtype(source: SourceModel, requested: str) -> torch.dtype:
@@ -145,6 +159,10 @@ def _entry(x: Linear, assignment: Assignment) -> Entry:
         "rtn": RTNOptions.parse,
         "finequant": finequant.FineQuantOptions.parse,
     }
+    if assignment.algorithm == "finequant" and assignment.scheme.activation_bits != 16:
+        raise SchemeError(
+            f"{x.name}: finequant chooses among weight-only schemes, not {assignment.scheme}; use a16, or rtn or gptq"
+        )
     options = parse[assignment.algorithm](dict(assignment.options))
     _check_values(assignment.algorithm, options)
     return Entry(x, assignment.scheme, assignment.algorithm, options, assignment.reason)
@@ -186,13 +204,12 @@ def _said(declared: Any) -> str:
 def _choose_granularity(
     source: SourceModel, entries: dict[str, Entry], progress: Callable[[str, int, int, str], None]
 ) -> dict[str, Entry]:
-    """Replace the schemes of finequant entries by what their weights ask for. Experts of one stack and kind share one
-    scheme, because servers hold them in one tensor."""
+    """Replace the schemes of finequant entries by what their weights ask for."""
     units: dict[tuple[Any, str], list[Entry]] = {}
-    stacks = _expert_kinds(source)
+    shared = _shared(source, entries)
     for name, e in entries.items():
         if e.algorithm == "finequant":
-            units.setdefault((e.options, stacks.get(name, name)), []).append(e)
+            units.setdefault((e.options, shared.get(name, name)), []).append(e)
     candidates: dict[Any, dict[str, Sequence[finequant.Choice]]] = {}
     out = dict(entries)
     for done, ((options, unit), members) in enumerate(units.items()):
@@ -220,12 +237,13 @@ def _read(source: SourceModel, name: str) -> Tensor:
     return tensor
 
 
-def _expert_kinds(source: SourceModel) -> dict[str, str]:
-    """Stack and kind ("...experts.down") of every expert's linear."""
-    return {
-        x.name: f"{stack.name}.{kind}"
-        for block in source.structure.blocks
-        for stack in block.experts
-        for kind in ("gate", "up", "down")
-        for x in getattr(stack, kind)
-    }
+def _shared(source: SourceModel, names: Iterable[str]) -> dict[str, str]:
+    """The unit that each linear shares its scheme with, by name: servers hold the experts of a stack in one tensor, and
+    multiply some linears (q/k/v, gate/up) as one matrix."""
+    units = {x.name: stack.name for block in source.structure.blocks for stack in block.experts for x in stack.linears}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        fused = next((parts for parts in FUSED if leaf in parts), None)
+        if fused is not None:
+            units.setdefault(name, f"{parent}.{'/'.join(fused)}")
+    return units

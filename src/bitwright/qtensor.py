@@ -36,11 +36,17 @@ class QuantizedTensor:
         if self.codes.dtype != torch.int8:
             raise FormatError(f"codes must be int8, not {self.codes.dtype}")
         if tuple(self.scale.shape) != grid:
-            raise FormatError(f"scale has shape {tuple(self.scale.shape)}; a [{N}, {K}] weight at {self.scheme} needs {grid}")
+            raise FormatError(
+                f"scale has shape {tuple(self.scale.shape)}; a [{N}, {K}] weight at {self.scheme} needs {grid}"
+            )
         if (self.zero_point is None) != self.scheme.symmetric:
             raise FormatError(f"zero_point must be {'absent' if self.scheme.symmetric else 'present'} at {self.scheme}")
-        if self.zero_point is not None and (self.zero_point.dtype != torch.int8 or tuple(self.zero_point.shape) != grid):
-            raise FormatError(f"zero_point must be int8 {grid}, not {self.zero_point.dtype} {tuple(self.zero_point.shape)}")
+        if self.zero_point is not None and (
+            self.zero_point.dtype != torch.int8 or tuple(self.zero_point.shape) != grid
+        ):
+            raise FormatError(
+                f"zero_point must be int8 {grid}, not {self.zero_point.dtype} {tuple(self.zero_point.shape)}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from bitwright.errors import OutputError
 
 _REQUEST = "run.json"
 _STREAM = "stream.safetensors"
+_SPENT = "spent.json"
 _FINAL = "final"
 _REPLACED = "replaced"
 
@@ -113,6 +114,17 @@ class RunFolder:
         """The records alone of what `save_part` kept."""
         records: dict[str, Any] = json.loads(self._part(index).with_suffix(".json").read_text())
         return records
+
+    def spent(self) -> dict[str, Any]:
+        """What earlier processes of this run took, as `save_spent` kept it; empty for a first one."""
+        path = self.path / _SPENT
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    def save_spent(self, spent: dict[str, Any]) -> None:
+        """Keep what this run took so far, earlier processes included."""
+        with _disk_errors(self.path):
+            _write(self.path / _SPENT, json.dumps(spent))
 
     def save_streams(self, next_block: int, streams: Streams) -> None:
         """Keep the activations that enter `next_block`; the ones before are dropped."""

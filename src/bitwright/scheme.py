@@ -77,7 +77,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.activation_bits not in ACTIVATION_BITS:
-            raise SchemeError(f"activation bits {self.activation_bits} are not supported; choose one of {ACTIVATION_BITS}")
+            raise SchemeError(
+                f"activation bits {self.activation_bits} are not supported; choose one of {ACTIVATION_BITS}"
+            )
         w = self.weight
         if self.activation_bits == 8 and not (w.bits == 8 and w.symmetric and w.group_size is None):
             raise SchemeError(

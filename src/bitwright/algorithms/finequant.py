@@ -53,8 +53,8 @@ class FineQuantOptions:
         for name in options:
             if name not in known:
                 raise SchemeError(f"unknown finequant option {name!r}; known: {', '.join(sorted(known))}")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        return cls(**lists)
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return cls(**plain)
 
 
 def group_sizes(K: int, options: FineQuantOptions) -> list[int | None]:
@@ -70,20 +70,26 @@ def range_ratio(W: Tensor, group_size: int | None) -> float:
     return float(torch.where(row > 0, tops / row.clamp_min(1e-30), torch.ones_like(tops)).mean())
 
 
+def common_group_sizes(matrices: Sequence[Tensor], options: FineQuantOptions) -> list[int | None]:
+    """`group_sizes` that every width among matrices [N, K] allows."""
+    each = [group_sizes(K, options) for K in dict.fromkeys(W.shape[1] for W in matrices)]
+    return [g for g in each[0] if all(g in other for other in each[1:])]
+
+
 def ladder(matrices: Sequence[Tensor], options: FineQuantOptions) -> int | None:
-    """Group size for matrices [N, K] of one width that must share it (one matrix, or one expert stack)."""
-    K = matrices[0].shape[1]
+    """Group size for matrices [N, K] that must share it (one matrix, fused ones, or one expert stack)."""
     total = sum(W.shape[0] for W in matrices)
+    width = sum(W.numel() for W in matrices) / total  # of a row, on average: what one scale per row is spread over
 
     def ratio(g: int | None) -> float:
         return sum(range_ratio(W, g) * W.shape[0] for W in matrices) / total
 
-    steps = group_sizes(K, options)
+    steps = common_group_sizes(matrices, options)
     chosen, here = steps[0], ratio(steps[0])
     for g in steps[1:]:
         assert g is not None
         there = ratio(g)
-        cost = _SCALE_BITS / g - _SCALE_BITS / (chosen or K)
+        cost = _SCALE_BITS / g - _SCALE_BITS / (chosen or width)
         if log2(max(here, 1e-30) / max(there, 1e-30)) <= options.alpha * cost:
             break
         chosen, here = g, there
@@ -102,19 +108,18 @@ class Choice:
 def choices(matrices: Sequence[Tensor], symmetric: bool, options: FineQuantOptions) -> list[Choice]:
     """Every (bits, group size) for matrices that must share a scheme, with the error of an MSE-searched grid measured
     on evenly spaced rows."""
-    K = matrices[0].shape[1]
     found = []
     samples = [W[:: max(1, W.shape[0] // _SAMPLED_ROWS)].float() for W in matrices]
-    total = sum(W.numel() for W in matrices)
     for bits in options.bits:
-        for g in group_sizes(K, options):
+        for g in common_group_sizes(matrices, options):
             scheme = WeightScheme(bits, g, symmetric)
             error = 0.0
             for W in samples:
                 grid = choose_grid(W, scheme)
                 Q = quantized(encode(W, grid), grid, torch.bfloat16).dequantize()
                 error += float((Q - W).square().sum() / W.square().sum().clamp_min(1e-30))
-            found.append(Choice(scheme, scheme.bits_per_weight(K) * total, error))
+            stored = sum(scheme.bits_per_weight(W.shape[1]) * W.numel() for W in matrices)
+            found.append(Choice(scheme, stored, error))
     return found
 
 

@@ -51,7 +51,7 @@ class Factor:
 
 
 def damped(H: Tensor, damp_percent: float, shrinkage: float = 0.0) -> Tensor:
-    """H + shrinkage * diag(H) + damp_percent * mean(diag H) * I; a dead column (H_jj = 0) gets the mean on its diagonal.
+    """H + shrinkage * diag(H) + damp_percent * mean(diag H) * I; a dead column (H_jj = 0) gets the mean instead.
 
     The constant term guards the factorization. The proportional one shrinks the correlations between columns towards
     none, as is done for covariances estimated from few samples, and is what carries over to other text.

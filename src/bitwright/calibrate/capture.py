@@ -11,7 +11,7 @@ several-pass plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ def stopping(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             forward = _running()
             if forward is not None and name in forward.watch:
-                forward.outputs[name] = output
+                forward.outputs[name] = output.clone()  # the block may add the residual to it in place, as Falcon does
 
         return hook
 
@@ -163,10 +163,8 @@ def block_calls(
     try:
         for index, block in enumerate(blocks):
             block.__dict__["forward"] = passing(index)
-        try:
+        with suppress(_Captured):
             model(input_ids=input_ids, use_cache=False)
-        except _Captured:
-            pass
     finally:
         for block, original in zip(blocks, originals, strict=True):
             if original is None:
@@ -237,9 +235,7 @@ def trace(
         plain = first_tensor(block(hidden, *call.args, **call.kwargs))
         groups = []
         for members in order:
-            writes = (
-                len(members) == 1 and members[0] not in routed and shapes[members[0]].numel() == plain.numel()
-            )
+            writes = len(members) == 1 and members[0] not in routed and shapes[members[0]].numel() == plain.numel()
             if writes:
                 size = _PROBE * float(plain.abs().mean() + hidden.abs().mean())
                 direction = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0))

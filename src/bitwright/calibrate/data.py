@@ -39,6 +39,7 @@ SPEC_HELP = (
     "sotu:YEAR-YEAR"
 )
 SEPARATOR = "\n\n"
+_PIECE = 200_000  # characters; calibration text need not be tokenized as one
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,29 @@ def read_text(spec: str) -> Text:
     return Text(spec, SEPARATOR.join(documents), len(documents))
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
-    """All token ids of the text, int64 [tokens], no special tokens."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, piece: int | None = None) -> Tensor:
+    """All token ids of the text, int64 [tokens], no special tokens.
+
+    piece: characters to tokenize at a time, cut between documents or paragraphs. A tokenizer holds hundreds of bytes
+    per token while it works; pieces bound that, at the price of tokens that would span a cut. None: all in one.
+    """
+    parts = [text.text] if piece is None else list(_pieces(text.text, piece))
     # verbose=False: the text is meant to be longer than the model's context, no warning needed.
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    ids = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts]
+    return torch.cat([torch.tensor(part, dtype=torch.int64) for part in ids])
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """The text in order, cut before blank lines into pieces of about `size` characters."""
+    begin = 0
+    while len(text) - begin > size:
+        cut = text.rfind(SEPARATOR, begin + 1, begin + size)
+        cut = cut if cut > begin else text.find(SEPARATOR, begin + 1)
+        if cut < 0:
+            break
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
 
 
 def calibration_samples(
@@ -96,7 +115,7 @@ def calibration_samples(
     are as good a sample as any n. The same seed gives the same samples. CalibrationError if the text is too short.
     """
     _check_counts(num_samples, seq_len)
-    ids = tokenize(tokenizer, text)
+    ids = tokenize(tokenizer, text, _PIECE)
     room = len(ids) - num_samples * seq_len
     if room < 0:
         fit = len(ids) // seq_len

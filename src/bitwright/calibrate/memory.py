@@ -19,7 +19,7 @@ _SHARE = 0.5
 
 
 def device_of(name: str) -> torch.device:
-    """"auto" (CUDA when there is one), or any torch device; CalibrationError if it cannot be used."""
+    """ "auto" (CUDA when there is one), or any torch device; CalibrationError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -39,7 +39,12 @@ def parse_bytes(text: str) -> int:
 
 
 def fits_one_pass(
-    groups: Sequence[Group], block: nn.Module, tokens: int, streams: Streams, max_memory: str | None, device: torch.device
+    groups: Sequence[Group],
+    block: nn.Module,
+    tokens: int,
+    streams: Streams,
+    max_memory: str | None,
+    device: torch.device,
 ) -> bool:
     """Whether the waiting activations of a one-pass block stay inside the memory allowed."""
     count = 1 if streams.reference is None else 2

@@ -41,7 +41,7 @@ class Needs:
 
 @dataclass
 class Statistics:
-    """What was gathered at one group's input. H [K, K] mean x^T x fp32; tokens seen; a correction D [N, K] per linear."""
+    """What was gathered at one group's input: H [K, K] mean x^T x, fp32; tokens; a correction D [N, K] per linear."""
 
     H: Tensor
     tokens: int
@@ -49,24 +49,24 @@ class Statistics:
 
 
 class _Gathering:
-    """Sums over micro-batches for one group. weights: the group's original weights [N, K] by name."""
+    """Sums over micro-batches for one group. weights: the group's original weights [N, K] by name. routed: rows of the
+    input are some of the tokens, in the router's order, so that none is known to be a sequence's first."""
 
-    def __init__(self, group: Group, weights: dict[str, Tensor], needs: Needs) -> None:
+    def __init__(self, group: Group, weights: dict[str, Tensor], needs: Needs, routed: bool) -> None:
         first = next(iter(weights.values()))
         N, K = first.shape
-        self.group, self.weights, self.needs = group, weights, needs
+        self.group, self.weights = group, weights
+        self.root = 1.0 if routed else needs.sink_weight**0.5
         self.gram = Gram(K, first.device)
         # A writer's correction is summed in output space [N, K]; shared inputs sum (y - x)^T x [K, K] once for all.
         self.cross = torch.zeros(N if group.writes else K, K, device=first.device) if needs.correction else None
 
     def add(self, shape: torch.Size, x: Tensor, y: Tensor | None, drift: Tensor | None) -> None:
-        """x, y: the group's input in both streams; drift [B, L, D] reference minus quantized residual stream there."""
-        B, L = shape[0], shape[1]
-        K = x.shape[-1]
-        ordered = x.numel() == B * L * K  # not a subset of the tokens, as experts see
+        """x, y: the group's input in both streams, made from hidden states of `shape` [B, L, D]; drift [B, L, D]:
+        reference minus quantized residual stream there."""
+        L, K = shape[1], x.shape[-1]
         x = x.reshape(-1, K).float()
-        root = self.needs.sink_weight**0.5 if ordered else 1.0
-        scaled = _scale_first(x, L, root)
+        scaled = _scale_first(x, L, self.root)
         self.gram.add(scaled)
         if self.cross is None or y is None:
             return
@@ -76,7 +76,7 @@ class _Gathering:
             d = d @ weight.float().T
             if drift is not None:
                 d += drift.reshape(-1, d.shape[-1])
-        self.cross.addmm_(_scale_first(d, L, root).T, scaled)
+        self.cross.addmm_(_scale_first(d, L, self.root).T, scaled)
 
     def finish(self, block_name: str) -> Statistics:
         """The means; NumericsError naming the linears if activations held NaN or Inf."""
@@ -168,17 +168,16 @@ def run_block(
     linears in `block`. routed: linears that see a subset of the tokens, which the two streams may choose differently,
     so that no correction can be formed.
     """
-    run = _Run(
-        streams, calls, tuple(g.names[0] for g in groups), tuple(g.names[0] for g in groups if g.writes)
-    )
+    run = _Run(streams, calls, tuple(g.names[0] for g in groups), tuple(g.names[0] for g in groups if g.writes))
     originals = reference if reference is not None else block
     indices = range(len(streams.quantized))
 
     def gathering(group: Group) -> _Gathering:
         asked = needs(group)
-        possible = asked.correction and reference is not None and group.names[0] not in routed
+        apart = group.names[0] in routed
+        possible = asked.correction and reference is not None and not apart
         weights = {name: originals.get_submodule(name).weight.detach() for name in group.names}
-        return _Gathering(group, weights, Needs(asked.sink_weight, possible))
+        return _Gathering(group, weights, Needs(asked.sink_weight, possible), apart)
 
     def gather(into: _Gathering, pair: _Pair, stops: tuple[Stop | None, Stop | None]) -> None:
         stop, other = stops
@@ -228,6 +227,6 @@ def _finish(pair: _Pair, streams: Streams, i: int) -> None:
 
 
 def waiting_bytes(groups: Sequence[Group], block: nn.Module, tokens: int, hidden: int, streams: int) -> int:
-    """Memory of one_pass at its widest stop, in bytes: every stream's group input and about four hidden states, fp32."""
+    """Bytes of one_pass at its widest stop: every stream's group input and about four hidden states, fp32."""
     widest = max((block.get_submodule(g.names[0]).weight.shape[1] for g in groups), default=0)
     return 4 * tokens * streams * (widest + 4 * hidden)

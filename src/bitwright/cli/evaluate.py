@@ -25,7 +25,7 @@ def evaluate(
     ] = None,
     task_limit: Annotated[int | None, typer.Option(help="Examples of each task.", show_default="all")] = None,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.EvaluationDtype = "auto",
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:

@@ -19,7 +19,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.GenerationDtype = "auto",
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -29,12 +29,12 @@ def generate(
     bitwright generate MODEL-w4 --prompt "The state of the union is" --max-new-tokens 40
     bitwright generate MODEL-w4 --prompt "What is a scale?" --chat --temperature 0.7
 
-    The continuation goes to stdout, the speed to stderr.
+    The continuation goes to stdout, the speed to stderr. A quantized model runs packed.
     """
     started = time.perf_counter()
     with output.one_line_errors(debug):
         import bitwright
-        from bitwright.evaluate.loading import choose_device, choose_dtype, load_model, load_tokenizer
+        from bitwright.evaluate.loading import choose_device, choose_dtype, load_tokenizer
         from bitwright.models.source import resolve
 
         where, kind = choose_device(device), choose_dtype(dtype)
@@ -42,7 +42,7 @@ def generate(
         tokenizer = load_tokenizer(folder)
         with output.shown_progress() as progress:
             progress("load", 0, 1, model)
-            loaded = load_model(folder, where, kind)
+            loaded = bitwright.load(folder, dtype=kind, device=where)
             progress("load", 1, 1, model)
         result = bitwright.generate(
             loaded,
@@ -54,9 +54,11 @@ def generate(
             top_p=top_p,
             seed=seed,
         )
+        ran = str(loaded.dtype).removeprefix("torch.")
         if json:
-            output.print_json({"command": "generate", "model": model, **result.to_dict(), **output.usage(started)})
+            values = {"command": "generate", "model": model, "device": str(loaded.device), "dtype": ran}
+            output.print_json({**values, **result.to_dict(), **output.usage(started)})
             return
         typer.echo(result.text if chat else prompt + result.text)
         speed = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.1f} tokens/s"
-        typer.echo(f"{len(result.tokens)} tokens; first after {result.prefill_seconds:.2f} s{speed}", err=True)
+        typer.echo(f"{len(result.tokens)} tokens; first after {result.prefill_seconds:.2f} s{speed} ({ran})", err=True)

@@ -15,7 +15,13 @@ TEXT_HELP = (
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id or .gguf file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU.")]
+_DTYPES = "auto, float32, bfloat16 or float16"
+EvaluationDtype = Annotated[
+    str, typer.Option(help=f"{_DTYPES}. auto: float32 on a CPU, the model's own on a GPU.")
+]
+GenerationDtype = Annotated[
+    str, typer.Option(help=f"{_DTYPES}. auto: bfloat16 for a quantized model on a CPU, else the model's own.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TrustRemoteCode = Annotated[

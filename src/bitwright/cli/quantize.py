@@ -36,7 +36,10 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="compressed-tensors or native.", show_default="compressed-tensors wherever it can"),
+        typer.Option(
+            help="compressed-tensors (read by transformers and vLLM) or native (by bitwright alone).",
+            show_default="compressed-tensors wherever it can",
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: Annotated[

@@ -34,8 +34,9 @@ def evaluate(
 ) -> Report:
     """Perplexity of a model on a text, its divergence from a reference on the same windows, and lm-eval tasks.
 
-    model, reference: a folder (Hugging Face, compressed-tensors or bitwright), a hub id, a GGUF file, or a causal LM
-        that is already loaded. A quantized folder runs packed. The reference is usually the unquantized model.
+    model, reference: a folder (unquantized, or quantized in compressed-tensors or the native format), a hub id, a GGUF
+        file, or a causal LM that is already loaded. A quantized folder runs packed. The reference is usually the
+        unquantized model.
     text: a TEXT spec (see `bitwright.calibrate.data`) or a `Text`. At least one of text and tasks is needed.
     tokenizer: needed when `model` is an object; otherwise read from its folder.
     seq_len, num_windows: the text is cut in windows of seq_len tokens; num_windows keeps that many, evenly spaced.

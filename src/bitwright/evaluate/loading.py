@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder, on the device and in the dtype that suit evaluation and generation."""
+"""Device, dtype, model and tokenizer as evaluation wants them; generation shares all but the model's default dtype."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def choose_dtype(dtype: str) -> torch.dtype | None:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The causal LM of a plain or quantized folder, packed, in evaluation mode.
+    """The causal LM of a plain or quantized folder, packed, in evaluation mode, for measuring quality.
 
-    dtype None: float32 on a CPU, where many emulate 16-bit products, and the checkpoint's own elsewhere.
+    dtype None: float32 on a CPU, so that what is measured is the weights and not the arithmetic (and because many CPUs
+    emulate 16-bit products); the checkpoint's own elsewhere. For speed, call `nn.load.load` with its own default.
     """
     from bitwright.nn.load import load
 

@@ -9,7 +9,7 @@ by 128). The config lists the scheme string per module, exact names or ``re:`` p
      "ignore": ["model.layers.0.mlp.down_proj"]}
 
 `ignore` states what was left out on purpose; reading does not need it, because no target matches by class. Only
-bitwright reads this format: transformers does after `import bitwright`.
+bitwright reads this format: `bitwright.load` and the command line.
 """
 
 from __future__ import annotations

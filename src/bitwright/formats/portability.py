@@ -1,4 +1,4 @@
-"""Who can load the result: plain sentences for `plan`, `inspect` and the model card.
+"""Who can load the result: plain sentences for the record, `bitwright inspect` and the model card.
 
 What they say was found by loading with transformers 5.23 + compressed-tensors 0.20 (the tests repeat it) and, for vLLM
 and SGLang, by reading their loaders of mid-2026; other releases may differ.
@@ -36,7 +36,8 @@ def portability(
     if reasons or requested == "native":
         why = f", because {reasons[0]}" if reasons else ""
         return [
-            f"bitwright: the only reader (its own load, or transformers after `import bitwright`){why}",
+            f"bitwright: the only reader (`bitwright.load` and the command line){why}",
+            "transformers: cannot load it",
             "vLLM, SGLang: cannot load it",
         ]
     return [

@@ -2,8 +2,9 @@
 
 Few tokens: the operator reads the packed weight once and unpacks it in registers; at M = 1 that is a matter of memory
 traffic, and 4 bits move four to eight times less than 16 or 32. Many tokens: a GEMM on the dequantized weight wins
-(above `_GEMM_ABOVE` tokens, as measured), and the weight is then unpacked a few rows at a time, so that it stays in
-cache and never stands in memory whole. Where bf16 products are emulated, that GEMM runs in float32.
+(above `_int4_gemm_above` and `_int8_gemm_above` tokens, as measured), and the weight is then unpacked a few rows at a
+time, so that it stays in cache and never stands in memory whole. Where bf16 products are emulated, that GEMM runs in
+float32.
 
 `_weight_int4pack_mm_for_cpu` computes (u - 8) · scale + offset in float32 from 4-bit codes u and bf16 scale and
 offset. More than symmetric 4-bit grids fit it exactly:

@@ -1,4 +1,4 @@
-"""QuantLinear: a drop-in for nn.Linear whose weight stays packed."""
+"""QuantLinear: a drop-in for nn.Linear whose weight stays packed; FlatLinear: for the one that stays 16-bit."""
 
 from __future__ import annotations
 
@@ -59,3 +59,24 @@ class QuantLinear(PackedModule):
     def extra_repr(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"
         return f"{self.in_features}, {self.out_features}{bias}, {self.scheme}, {self.choice.name}"
+
+
+class FlatLinear(nn.Linear):
+    """The same nn.Linear, its input flattened to [M, K] first; for the 16-bit output head of a packed model.
+
+    For the last token of a prompt transformers slices [1, T, K] down to [1, 1, K] with the strides of the whole, and
+    torch then copies a bfloat16 weight into another layout at every call (torch 2.13, 49152 × 576: 94 ms and 57 MB
+    against 4 ms and none).
+    """
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear) -> Self:
+        """A module over the same parameters, tied or not."""
+        module = cls.__new__(cls)
+        module.__dict__.update(linear.__dict__)
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N]."""
+        y = nn.functional.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return y.view(*input.shape[:-1], self.out_features)

@@ -32,7 +32,7 @@ from bitwright.nn.attention import widen_single_queries
 from bitwright.nn.checkpoint import QuantizedCheckpoint
 from bitwright.nn.embedding import QuantEmbedding
 from bitwright.nn.experts import QuantExperts
-from bitwright.nn.linear import QuantLinear
+from bitwright.nn.linear import FlatLinear, QuantLinear
 from bitwright.nn.packed import PackedModule
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def load(
     an ordinary one (the same weights, rounded to `dtype`). A folder that is not quantized is loaded by transformers.
 
     dtype: of activations and unquantized weights. None = bfloat16 for packed weights on a CPU, because PyTorch's packed
-    operators take nothing else at speed (float32 unpacks every matrix at every call, about as fast as an unquantized
-    float32 model but four to seven times smaller); in all other cases what config.json states.
+    operators take nothing else at speed; float32 unpacks every matrix at every call, a bit slower than an unquantized
+    float32 model, with its accuracy. In all other cases None is what config.json states.
     Errors: CheckpointError, FormatError, NumericsError, StructureError, each naming the file or layer.
     """
     folder = Path(folder)
@@ -84,7 +84,7 @@ def load(
     if packed:
         _install_packed(source, checkpoint, dtype, device)
         if torch.device(device).type == "cpu" and dtype != torch.float32:
-            widen_single_queries(source.model)
+            _avoid_slow_paths(source.model)
     else:
         source.materialize("", dtype, device)
     return _finished(source.model, folder)
@@ -174,6 +174,14 @@ def _install_packed(
     for path, module in list(model.named_modules()):
         if isinstance(module, UnfusedExperts):
             _replace(model, path, QuantExperts.adopt(module))
+
+
+def _avoid_slow_paths(model: Any) -> None:
+    """What torch does badly in 16 bits on a CPU, beside packed linears that are fast."""
+    widen_single_queries(model)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(FlatLinear.adopt(head))
 
 
 def _quantized_modules(source: SourceModel, checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, list[str]]]:

@@ -1,0 +1,91 @@
+"""The activations that calibration works with are those of the models it says: the quantized stream is what the
+finished folder computes, the reference stream what the source computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from pipeline_oracle import TEXT, WIDE, read, twin, weights
+
+from bitwright import pipeline
+from bitwright.calibrate.data import calibration_samples, read_text
+from bitwright.calibrate.stream import Streams
+from bitwright.models.load import open_model
+from bitwright.run_folder import RunFolder
+
+NUM_SAMPLES, SEQ_LEN = 40, 64  # more than one micro-batch
+
+RECIPE = r"""
+    [[rule]]
+    match = '(k_proj|up_proj|fc1|w3|dense_h_to_4h)$'
+    keep = true
+    [[rule]]
+    match = '(v_proj|\.dense|w1)$'
+    scheme = "w8a16"
+    algorithm = "rtn"
+    [[rule]]
+    match = "."
+    scheme = "w3a16-g32"
+"""
+
+
+@torch.no_grad()
+def block_outputs(model: Any, blocks: list[str], ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states behind each block, by ordinary forward hooks on an ordinary model."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, out: seen.__setitem__(name, out[0] if isinstance(out, tuple) else out)
+
+    for name in blocks:
+        model.get_submodule(name).register_forward_hook(hook(name))
+    model(ids)
+    return [seen[name] for name in blocks]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", [False, True])
+def test_streams_are_those_of_the_two_models(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, recipe: bool
+) -> None:
+    """From a float32 source, so that what stays unquantized is rounded in one stream and not in the other."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = tiny_folder(family, torch.float32, **WIDE[family])
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    kept: list[Streams] = []
+    real = RunFolder.save_streams
+
+    def keep(self: RunFolder, next_block: int, streams: Streams) -> None:
+        kept.append(Streams([*streams.quantized], [*(streams.reference or [])]))
+        real(self, next_block, streams)
+
+    monkeypatch.setattr(RunFolder, "save_streams", keep)
+    what: dict[str, Any] = {"recipe": tmp_path / "recipe.toml"} if recipe else {"scheme": "w4a16-g32"}
+    text = str(tmp_path / "text.txt")
+    out = pipeline.quantize(
+        source, tmp_path / "out", calibration=text, num_samples=NUM_SAMPLES, seq_len=SEQ_LEN, seed=3, **what
+    ).out
+    ids = calibration_samples(AutoTokenizer.from_pretrained(source), read_text(text), NUM_SAMPLES, SEQ_LEN, 3)
+    blocks = [b.name for b in open_model(source).structure.blocks]
+    quantized = twin(source, read(out), tmp_path / "twin", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(source)
+    assert len(kept) == len(blocks) and len(kept[0].quantized) > 1
+    for i, (ours, theirs) in enumerate(
+        zip(block_outputs(quantized, blocks, ids), block_outputs(plain, blocks, ids), strict=True)
+    ):
+        torch.testing.assert_close(torch.cat(kept[i].reference or []), theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(kept[i].quantized), ours, rtol=1e-4, atol=1e-4)
+        assert (ours - theirs).norm() > 1e-3 * theirs.norm()  # the two are not the same
+
+
+def test_the_embeddings_of_the_quantized_stream_are_the_stored_ones(tiny_folder: Callable[..., Path]) -> None:
+    """The test above would see it, if rounding the embeddings moved anything beyond its tolerance: it does."""
+    W = weights(tiny_folder("llama", torch.float32, **WIDE["llama"]))["model.embed_tokens.weight"]
+    assert (W.bfloat16().float() - W).abs().max() > 3e-4
