@@ -19,7 +19,7 @@ _CHARSXP = 9
 
 
 def chunks(data: bytes) -> list[bytes]:
-    """Every decompressed chunk of a lazy-load database: 4-byte big-endian size of the plain data, then a zlib stream."""
+    """All decompressed chunks of a lazy-load file: 4-byte big-endian size of the plain data, then a zlib stream."""
     out, at = [], 0
     while at < len(data):
         stream = zlib.decompressobj()

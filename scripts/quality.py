@@ -27,7 +27,9 @@ CALL_KEYS = ("seed", "num_samples", "seq_len", "format")
 
 def run_json(arguments: list[str]) -> dict[str, Any]:
     """The last line that a bitwright command prints with --json."""
-    done = subprocess.run([sys.executable, "-m", "bitwright.cli", *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bitwright.cli", *arguments, "--json"], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise SystemExit(f"failed: bitwright {shlex.join(arguments)}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

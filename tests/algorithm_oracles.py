@@ -106,9 +106,9 @@ def visiting_order(H: np.ndarray, group_size: int | None, order: str) -> list[in
     """Columns in the order of the sweep."""
     K = len(H)
     diagonal = np.diag(H).astype(np.float32)
-    if order == "none":
+    if order is False:
         return list(range(K))
-    if order == "activation":
+    if order is True:
         return sorted(range(K), key=lambda j: -diagonal[j])
     g = group_size or K
     groups = [list(range(i, min(K, i + g))) for i in range(0, K, g)]

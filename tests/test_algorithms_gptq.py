@@ -28,7 +28,7 @@ from bitwright.scheme import WeightScheme
 N = 24
 
 # order, static_groups
-ORDERS = [("activation", True), ("group", True), ("group", False), ("none", True), ("none", False)]
+ORDERS = [(True, True), ("group", True), ("group", False), (False, True), (False, False)]
 # K, group_size, block_size: group below, at and above the lazy block, ragged tails, no multiples at all, one column
 SHAPES = [
     (96, 16, 64),
@@ -72,7 +72,7 @@ def test_equals_the_oracle(order: str, static: bool, shape: tuple, symmetric: bo
     W, H = problem(K)
     scheme = WeightScheme(4, g, symmetric)
     want = gptq_oracle(W, H, scheme, order=order, static_groups=static)
-    got = solve(W, H, scheme, order=order, static_groups=static, block_size=block)
+    got = solve(W, H, scheme, act_order=order, static_groups=static, block_size=block)
     assert_same(got, want)
     # The oracle itself must be worth comparing with: feedback changed the codes.
     if K > 1:
@@ -87,7 +87,7 @@ def test_equals_the_oracle_at_all_bits(order: str, static: bool, bits: int, symm
     W, H = problem(100, seed=bits)
     scheme = WeightScheme(bits, 24, symmetric)
     want = gptq_oracle(W, H, scheme, order=order, static_groups=static)
-    assert_same(solve(W, H, scheme, order=order, static_groups=static, block_size=32), want)
+    assert_same(solve(W, H, scheme, act_order=order, static_groups=static, block_size=32), want)
 
 
 @pytest.mark.parametrize("weighting", ["none", "hessian", "inverse"])
@@ -96,9 +96,9 @@ def test_equals_the_oracle_with_searched_grids(order: str, static: bool, weighti
     """The search sees the right columns of the right (original or updated) weights with the right importance."""
     W, H = problem(72, seed=5)
     scheme = WeightScheme(3, 16)
-    arguments = {"order": order, "static_groups": static, "search": "mse", "weighting": weighting}
-    want = gptq_oracle(W, H, scheme, **arguments)
-    got = solve(W, H, scheme, block_size=24, **arguments)
+    arguments = {"static_groups": static, "search": "mse", "weighting": weighting}
+    want = gptq_oracle(W, H, scheme, order=order, **arguments)
+    got = solve(W, H, scheme, block_size=24, act_order=order, **arguments)
     # Two candidate scales of nearly the same error may swap in float32, on few rows.
     same = (got.tensor.scale.double().numpy() == want.scale).all(1) & want.safe
     assert same.mean() >= 0.7
@@ -115,11 +115,11 @@ def test_a_single_row_and_dead_columns(order: str, static: bool) -> None:
     W[:, dead] = 1e4  # must neither be stored nor stretch any grid
     scheme = WeightScheme(4, 10, symmetric=False)
     want = gptq_oracle(W, H, scheme, order=order, static_groups=static)
-    got = solve(W, H, scheme, order=order, static_groups=static, block_size=16)
+    got = solve(W, H, scheme, act_order=order, static_groups=static, block_size=16)
     assert_same(got, want)
     assert not got.tensor.dequantize()[:, dead].any()
     assert got.tensor.dequantize().abs().max() < 100
-    alone = solve(W[2:3], H, scheme, order=order, static_groups=static, block_size=16)
+    alone = solve(W[2:3], H, scheme, act_order=order, static_groups=static, block_size=16)
     if want.safe[2]:
         np.testing.assert_array_equal(alone.tensor.codes.numpy(), want.codes[2:3])
 
@@ -129,8 +129,8 @@ def test_current_weights_are_the_conditional_optimum() -> None:
     objective given the columns already rounded, t_R + (t_F - q_F) H_FR H_RR^-1; grids are those of these weights."""
     W, H = problem(60, seed=9)
     scheme = WeightScheme(3, 16)
-    got = solve(W, H, scheme, order="none", static_groups=False, block_size=8).tensor
-    want = gptq_oracle(W, H, scheme, order="none")
+    got = solve(W, H, scheme, act_order=False, static_groups=False, block_size=8).tensor
+    want = gptq_oracle(W, H, scheme, order=False)
     Hd, T, Q = damped64(H, 0.01, 0.05), W.double().numpy(), got.dequantize().double().numpy()
     moved = 0
     for j in range(0, 60, 16):
@@ -152,7 +152,9 @@ def test_lazy_blocks_do_not_matter(order: str, static: bool, K: int, g: int | No
     scheme = WeightScheme(4, g)
     safe = gptq_oracle(W, H, scheme, order=order, static_groups=static).safe
     assert safe.mean() >= 0.7
-    results = [solve(W, H, scheme, order=order, static_groups=static, block_size=b).tensor for b in (1, 16, 32, 128, K)]
+    results = [
+        solve(W, H, scheme, act_order=order, static_groups=static, block_size=b).tensor for b in (1, 16, 32, 128, K)
+    ]
     for other in results[1:]:
         assert torch.equal(other.codes[safe], results[0].codes[safe])
         assert torch.equal(other.scale[safe], results[0].scale[safe])
@@ -192,7 +194,7 @@ def test_sweep_without_rounding_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("g", [None, 8, 10])
-@pytest.mark.parametrize("order", ["none", "activation", "group"])
+@pytest.mark.parametrize("order", [False, True, "group"])
 def test_order_of_columns(order: str, g: int | None) -> None:
     H = torch.diag(torch.rand(37, generator=rng(3)))
     H[5, 5] = H[20, 20] = H[21, 21] = 0.5  # ties keep their order
@@ -211,14 +213,14 @@ def held_out_error(Q: Tensor, W: Tensor, X: Tensor) -> float:
 
 @pytest.mark.parametrize("bits,most", [(4, 0.5), (3, 0.5), (2, 0.6)])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("order,static", [("activation", True), ("group", False)])
+@pytest.mark.parametrize("order,static", [(True, True), ("group", False)])
 def test_beats_round_to_nearest_on_unseen_inputs(
     order: str, static: bool, symmetric: bool, bits: int, most: float
 ) -> None:
     X = correlated(1500, 96, seed=21)
     W = torch.randn(64, 96, generator=rng(22))
     scheme = WeightScheme(bits, 32, symmetric)
-    options = GPTQOptions(order=order, static_groups=static, rounds=0)
+    options = GPTQOptions(act_order=order, static_groups=static, rounds=0)
     theirs = held_out_error(rtn(W, scheme).dequantize(), W, X[1000:])
     ours = held_out_error(gptq(W, hessian(X[:1000]), scheme, options).tensor.dequantize(), W, X[1000:])
     assert ours < most * theirs
@@ -266,7 +268,7 @@ def test_result_is_as_stored(scale_dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------- asymmetric target
 
 
-@pytest.mark.parametrize("order", ["activation", "group", "none"])
+@pytest.mark.parametrize("order", [True, "group", False])
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_target_moves_by_the_correction(strength: float, order: str) -> None:
     """The result is the oracle's for T = W + strength * D H^-1, formed in float64 from the damped H."""
@@ -275,7 +277,7 @@ def test_target_moves_by_the_correction(strength: float, order: str) -> None:
     inverse = np.linalg.inv(damped64(H, 0.01, 0.05))
     T = W.double().numpy() + strength * D.double().numpy() @ inverse
     scheme = WeightScheme(4, 16)
-    options = GPTQOptions(target_strength=strength, order=order, search="minmax", weighting="none")
+    options = GPTQOptions(target_strength=strength, act_order=order, search="minmax", weighting="none")
     result = gptq(W, H, scheme, options, correction=D)
     assert_same(result, gptq_oracle(torch.from_numpy(T), H, scheme, order=order, static_groups=True))
     np.testing.assert_allclose(result.energy.numpy(), objective(0 * T, T, H), rtol=1e-3)
@@ -384,15 +386,15 @@ def test_unknown_option_lists_the_known_ones() -> None:
 
 
 def test_activation_order_needs_static_groups() -> None:
-    with pytest.raises(SchemeError, match="order=group"):
-        GPTQOptions.parse({"order": "activation", "static_groups": False})
+    with pytest.raises(SchemeError, match="act_order=group"):
+        GPTQOptions.parse({"act_order": True, "static_groups": False})
 
 
 def test_options_reach_the_solver() -> None:
     W, H = problem(64, seed=71)
     scheme = WeightScheme(3, 16)
     base = gptq(W, H, scheme)
-    for change in ({"damp_percent": 0.3}, {"shrinkage": 0.5}, {"order": "none"}, {"search": "minmax"}):
+    for change in ({"damp_percent": 0.3}, {"shrinkage": 0.5}, {"act_order": False}, {"search": "minmax"}):
         other = gptq(W, H, scheme, GPTQOptions.parse(change))
         assert not torch.equal(other.tensor.codes, base.tensor.codes), change
     Hd = damped64(H, 0.02, 0.1)

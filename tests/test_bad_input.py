@@ -291,7 +291,7 @@ def test_no_tokenizer_or_a_wrong_one(model: Path, text: str, tmp_path: Path) -> 
         (SchemeError, ("bits 5", "(2, 3, 4, 8)"), {"scheme": "w5a16"}),
         (SchemeError, ("4 bit", "w4a16-g128"), {"scheme": "4 bit"}),
         (SchemeError, ("damping", "damp_percent"), {"scheme": "w4a16", "options": {"damping": 0.1}}),
-        (SchemeError, ("order", "sideways", "activation"), {"scheme": "w4a16", "options": {"order": "sideways"}}),
+        (SchemeError, ("act_order", "sideways", "group"), {"scheme": "w4a16", "options": {"act_order": "sideways"}}),
         (SchemeError, ("damp_percent", "'much'"), {"scheme": "w4a16", "options": {"damp_percent": "much"}}),
         (SchemeError, ("search", "mse"), {"scheme": "w4a16", "algorithm": "rtn", "options": {"search": "best"}}),
         (SchemeError, ("grid", "search"), {"scheme": "w4a16", "algorithm": "rtn", "options": {"grid": 1}}),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from bitwright.cli import app, options, output
+from bitwright.cli.inspect import suggested_scheme
 from bitwright.errors import RecipeError
 
 run = CliRunner().invoke
@@ -119,25 +122,76 @@ def test_inspect_plain(folder: Path) -> None:
     assert (values["num_blocks"], values["num_linears"]) == (2, 14)
     assert values["weights_bytes"] == (folder / "model.safetensors").stat().st_size
     people = run(app, ["inspect", str(folder)]).stdout
-    assert "self_attn.q_proj" in people and "LlamaForCausalLM" in people
+    lines = [" ".join(line.split()) for line in people.splitlines()]
+    assert "model.layers.*.self_attn.q_proj 2 [32, 32] no Linear 2048" in lines
+    assert "model class LlamaForCausalLM" in lines and "blocks 2 LlamaDecoderLayer in model.layers" in lines
+
+
+def test_inspect_draws_experts_together(tiny_folder) -> None:
+    people = run(app, ["inspect", str(tiny_folder("mixtral"))]).stdout
+    lines = [" ".join(line.split()) for line in people.splitlines()]
+    assert any(re.match(r"experts \d+ of the linears, in \d+ stacks of \d+$", line) for line in lines)
+    assert sum(".experts.*." in line for line in lines) == 3
+    assert any("router: its outputs choose the experts" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("widths", "scheme"), [((576, 1536), "w4a16-g64"), ((256, 512), "w4a16-g128"), ((48,), "w4a16")]
+)
+def test_suggested_scheme(widths: tuple[int, ...], scheme: str) -> None:
+    assert str(suggested_scheme(widths)) == scheme
+
+
+def test_the_size_that_inspect_foretells_is_the_size_that_comes(folder: Path, tmp_path: Path) -> None:
+    told = re.search(r"size at (\S+) +about (\S+) kB", run(app, ["inspect", str(folder)]).stdout)
+    assert told is not None
+    command = ["quantize", str(folder), "--out", str(tmp_path / "out"), "--scheme", told[1], "--algorithm", "rtn"]
+    assert run(app, command).exit_code == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys() if not key.endswith("_shape")}  # noqa: SIM118
+    assert sum(t.nbytes for t in tensors.values()) / 1000 == pytest.approx(float(told[2]), rel=0.02)
 
 
 def test_inspect_quantized_shows_the_record(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     values = last_json(run(app, ["inspect", str(tmp_path), "--json"]).stdout)
     assert values["quantization_config"] == {"quant_method": "gptq"}
+    assert "readable by bitwright  no: quant_method 'gptq'" in run(app, ["inspect", str(tmp_path)]).stdout
     layers = {
-        f"model.layers.{i}.mlp.down_proj": {"scheme": "w4a16-g64", "bits_per_weight": 4.25, "error": 0.0123456}
+        f"model.layers.{i}.mlp.experts.{e}.w1": {
+            **{"scheme": "w4a16-g64", "algorithm": "gptq", "bits_per_weight": 4.25},
+            **{"relative_error": 0.0123456 * (1 + i), "tokens": 10 * e},
+            **({} if e else {"fallback": "rtn: calibration sent 0 tokens here"}),
+        }
         for i in range(2)
+        for e in range(4)
     }
-    (tmp_path / "bitwright.json").write_text(
-        json.dumps({"scheme": "w4a16-g64", "bits_per_weight": 4.5, "layers": layers})
-    )
+    record = {
+        **{"scheme": "w4a16-g64", "algorithm": "gptq", "bits_per_weight": 4.5, "quantized_weights": 1024},
+        **{"parameters": 4096, "quantized_layers": 8, "portability": ["bitwright: loads it", "vLLM: cannot: too old"]},
+        "options": {"gptq": {"rounds": None, "order": "activation"}},
+        "request": {"model": "m", "versions": {"bitwright": "0.1"}, "dtype": "float16", "format": "native"},
+        "layers": layers,
+        "kept": [
+            {"name": "lm_head", "reason": "no rule names lm_head"},
+            {"name": "lm_head.weight", "reason": "the output head"},
+        ],
+    }
+    record["request"]["calibration"] = {"num_samples": 8, "seq_len": 64, "source": "a.txt", "seed": 3}
+    (tmp_path / "bitwright.json").write_text(json.dumps(record))
     values = last_json(run(app, ["inspect", str(tmp_path), "--json"]).stdout)
     assert values["quantized"] is True and values["layers"] == layers
     people = run(app, ["inspect", str(tmp_path)]).stdout
-    rows = [line.split() for line in people.splitlines() if "down_proj" in line]
-    assert rows == [[name, "w4a16-g64", "4.25", "0.01235"] for name in layers]
+    lines = [" ".join(line.split()) for line in people.splitlines()]
+    assert "model.layers.*.mlp.experts.*.w1 8 w4a16-g64 gptq 4.25 0.01852 0.02469 0 to 30" in lines
+    assert [line.split()[0] for line in lines if "sent 0 tokens" in line] == [n for n in layers if ".experts.0." in n]
+    assert "lm_head 1 no rule names lm_head; the output head" in lines
+    assert "vLLM cannot: too old" in lines and "options gptq: rounds=auto, order=activation" in lines
+    assert "calibration 8 × 64 tokens of a.txt, seed 3" in lines
+    del record["request"]
+    (tmp_path / "bitwright.json").write_text(json.dumps(record))
+    assert "is not a record of this version" in run(app, ["inspect", str(tmp_path)]).stderr
+    assert last_json(run(app, ["inspect", str(tmp_path), "--json"]).stdout)["layers"] == layers
     (tmp_path / "bitwright.json").write_text("{")
     assert "is not valid JSON" in run(app, ["inspect", str(tmp_path)]).stderr
 
@@ -237,6 +291,7 @@ def test_the_whole_story(folder: Path, text: Path, tmp_path: Path, scheme: str, 
     assert values["divergence"]["top1_agreement"]["mean"] > 0.5
     told = last_json(run(app, ["generate", str(out), "--prompt", "It", "--max-new-tokens", "3", "--json"]).stdout)
     assert len(told["tokens"]) >= 1
+    assert (values["dtype"], told["dtype"]) == ("float32", "bfloat16")  # evaluation is exact, generation is fast
     again = run(app, ["quantize", str(folder), "--out", str(out), "--scheme", scheme, *more])
     assert again.exit_code == 1 and str(out) in again.stderr
 

@@ -89,3 +89,21 @@ def test_the_embeddings_of_the_quantized_stream_are_the_stored_ones(tiny_folder:
     """The test above would see it, if rounding the embeddings moved anything beyond its tolerance: it does."""
     W = weights(tiny_folder("llama", torch.float32, **WIDE["llama"]))["model.embed_tokens.weight"]
     assert (W.bfloat16().float() - W).abs().max() > 3e-4
+
+
+def test_not_sequential(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """true_sequential=False: in the first block every linear's H comes from the block as it was, so its q/k/v equal
+    those of a sequential run and its later linears do not."""
+    source = tiny_folder("llama", torch.bfloat16)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    layers = {}
+    for sequential in (True, False):
+        options = {"true_sequential": sequential, "target_strength": 0.0}
+        request = {"scheme": "w4a16-g32", "calibration": str(text), "num_samples": 4, "seq_len": 32}
+        result = pipeline.quantize(source, tmp_path / f"{sequential}", options=options, **request)
+        layers[sequential] = result.record["layers"]
+    first = [name for name in layers[True] if ".layers.0." in name]
+    same = {name.rpartition(".")[2]: layers[True][name] == layers[False][name] for name in first}
+    assert same["q_proj"] and same["k_proj"] and same["v_proj"]
+    assert not same["o_proj"] and not same["down_proj"]

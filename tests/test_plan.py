@@ -223,13 +223,13 @@ def test_granularity_reports_its_progress(source: Callable[..., SourceModel]) ->
 @pytest.mark.parametrize(
     ("algorithm", "options", "words"),
     [
-        ("gptq", {"order": "sideways"}, r"order='sideways'.*activation, group, none"),
+        ("gptq", {"act_order": "sideways"}, r"act_order='sideways'.*true or false.*group"),
         ("gptq", {"weighting": None}, r"weighting=None.*hessian"),
         ("gptq", {"static_groups": "no"}, r"static_groups='no'.*true or false"),
         ("gptq", {"passes": 2.5}, r"passes=2\.5.*whole number"),
         ("gptq", {"passes": True}, r"passes=True.*whole number"),
         ("gptq", {"damp_percent": float("nan")}, r"damp_percent=nan.*number"),
-        ("gptq", {"order": "activation", "static_groups": False}, r"static_groups=true"),
+        ("gptq", {"act_order": True, "static_groups": False}, r"static_groups=true"),
         ("finequant", {"bits": [4, "8"]}, r"bits=\(4, '8'\).*list of whole number"),
         ("finequant", {"alpha": -1}, r"alpha=-1.*number from 0"),
         ("finequant", {"ragged": 1}, r"ragged=1.*true or false"),

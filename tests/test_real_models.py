@@ -106,7 +106,9 @@ def test_smollm2_finequant(smollm2: Path, tmp_path: Path) -> None:
     assert perplexity(tmp_path / "fine", 4, 512) < perplexity(tmp_path / "rtn", 4, 512)
     from transformers import AutoTokenizer
 
-    said = bw.generate(bw.load(tmp_path / "fine"), AutoTokenizer.from_pretrained(tmp_path / "fine"), "The capital of France is", 8)
+    said = bw.generate(
+        bw.load(tmp_path / "fine"), AutoTokenizer.from_pretrained(tmp_path / "fine"), "The capital of France is", 8
+    )
     assert "Paris" in said.text
 
 
@@ -114,9 +116,7 @@ def test_smollm2_finequant(smollm2: Path, tmp_path: Path) -> None:
 def test_trained_families(name: str, fixture_model: Callable[[str], Path], tmp_path: Path) -> None:
     """4-bit g64 GPTQ: within 1.5 % of the original and at least half of rounding's loss recovered."""
     source = fixture_model(name)
-    bw.quantize(
-        source, tmp_path / "gptq", scheme="w4a16-g64", calibration=CALIBRATION, num_samples=48, seq_len=512
-    )
+    bw.quantize(source, tmp_path / "gptq", scheme="w4a16-g64", calibration=CALIBRATION, num_samples=48, seq_len=512)
     bw.quantize(source, tmp_path / "rtn", scheme="w4a16-g64", algorithm="rtn", options={"search": "minmax"})
     original, ours, rounded = (perplexity(p, 20, 512) for p in (source, tmp_path / "gptq", tmp_path / "rtn"))
     assert ours < 1.015 * original

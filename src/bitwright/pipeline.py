@@ -246,6 +246,7 @@ def _calibrated_blocks(
                 partial(_needs, block=block, plan=plan),
                 partial(_solve, block=block, original=original, module=module, plan=plan, done=done, clock=clock),
                 one_pass=one_pass,
+                true_sequential=_sequential(block, plan),
                 routed=_routed(block),
             )
         with clock.phase("save"):
@@ -317,6 +318,11 @@ def _calibrated_groups(groups: Sequence[Group], block: Block, plan: Plan) -> lis
         if names:
             out.append(Group(names, group.writes))
     return out
+
+
+def _sequential(block: Block, plan: Plan) -> bool:
+    entries = [plan.entries[x.name] for x in block.all_linears if x.name in plan.entries]
+    return all(e.options.true_sequential for e in entries if e.algorithm == "gptq")
 
 
 def _algorithm(name: str, plan: Plan) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ def _fits(value: Any, declared: Any) -> bool:
         return isinstance(value, str) and value in inner
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
-    if origin is UnionType:
+    if origin in (UnionType, Union):
         return any(_fits(value, kind) for kind in inner)
     if declared is float or declared is int:
         kinds = (int, float) if declared is float else (int,)
@@ -196,7 +196,9 @@ def _fits(value: Any, declared: Any) -> bool:
 def _said(declared: Any) -> str:
     if get_origin(declared) is tuple:
         return f"list of {_said(get_args(declared)[0])}s"
-    if get_origin(declared) is UnionType:
+    if get_origin(declared) is Literal:
+        return ", ".join(map(str, get_args(declared)))
+    if get_origin(declared) in (UnionType, Union):
         return " or a ".join(_said(kind) for kind in get_args(declared) if kind is not type(None))
     return {float: "number from 0", int: "whole number from 0", bool: "true or false"}.get(declared, declared.__name__)
 

@@ -7,8 +7,8 @@ Minimises ||W X - Q X||^2 row by row over a grid, given H = mean x^T x of the in
    d = W (y - x). The minimiser over Q of E||W x + d - Q x||^2 is that of E||(T - Q) x||^2 with T = W + D H^-1,
    D = mean d x^T: the target moves once, in closed form, and everything after stays as it was. `target_strength` scales
    the move (1 = all of it, 0 = off); half of it generalises best.
-2. order of columns: "activation" (falling diag H over single columns, static grids), "group" (whole groups by falling
-   mean diag H, columns inside likewise; grids from the updated weights when the group is entered), or "none".
+2. order of columns, `act_order`: True (falling diag H over single columns, static grids), "group" (whole groups by
+   falling mean diag H, columns inside likewise, so that grids can come from the updated weights), or False.
 3. the sweep (sweep.py) with projection onto the grid.
 4. polish (descent.py): `rounds` times refit the scales in closed form and run coordinate descent on the codes.
 """
@@ -30,15 +30,15 @@ from bitwright.numerics import Grid, Search, choose_grid, encode, quantized
 from bitwright.qtensor import QuantizedTensor, spread
 from bitwright.scheme import WeightScheme
 
-Order = Literal["activation", "group", "none"]
+ActOrder = bool | Literal["group"]
 Weighting = Literal["none", "hessian", "inverse"]
 
 
 @dataclass(frozen=True)
 class GPTQOptions:
     """damp_percent: share of mean(diag H) added to the diagonal. shrinkage: share of each H_jj added to itself.
-    order: see the module. static_groups: grids from the original weights before the sweep (needed by order
-    "activation"); else from the updated weights at each group. search: grid search. weighting: what a column's error
+    act_order: see the module. static_groups: grids from the original weights before the sweep (needed by
+    act_order=True); else from the updated weights at each group. search: grid search. weighting: what a column's error
     weighs in that search (nothing, diag H, or 1/diag H^-1). block_size: columns per lazy update. rounds: polish rounds
     (None: one up to 3 bits, where it pays, none above); passes: coordinate-descent passes in each. target_strength:
     0..1, the asymmetric target (above 0 calibration runs a second, full-precision stream). sink_weight: what the first
@@ -46,7 +46,7 @@ class GPTQOptions:
 
     damp_percent: float = 0.01
     shrinkage: float = 0.05
-    order: Order = "activation"
+    act_order: ActOrder = True
     static_groups: bool = True
     search: Search = "mse"
     weighting: Weighting = "inverse"
@@ -55,14 +55,15 @@ class GPTQOptions:
     passes: int = 2
     target_strength: float = 0.5
     sink_weight: float = 16.0
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
         if self.block_size == 0:
             raise SchemeError("gptq option block_size=0 updates nothing; use 1 or more, 128 is usual")
-        if self.order == "activation" and not self.static_groups:
+        if self.act_order is True and not self.static_groups:
             raise SchemeError(
-                "order=activation with static_groups=false would need a group index per column, which servers refuse; "
-                "use static_groups=true, or order=group for grids from updated weights"
+                "act_order=true with static_groups=false would need a group index per column, which servers refuse; "
+                "use static_groups=true, or act_order=group for grids from updated weights"
             )
 
     @classmethod
@@ -102,7 +103,7 @@ def gptq(
     the result is round-to-nearest and `fallback` says so.
     """
     W = W.float()
-    perm = column_order(H, scheme.group_size, options.order)
+    perm = column_order(H, scheme.group_size, options.act_order)
     factor = factorize(H, perm, options.damp_percent, options.shrinkage)
     if factor is None:
         tensor = rtn(W, scheme, search=options.search, scale_dtype=scale_dtype)
@@ -137,13 +138,13 @@ def _times_inverse(D: Tensor, factor: Factor) -> Tensor:
     return out
 
 
-def column_order(H: Tensor, group_size: int | None, order: Order) -> Tensor:
+def column_order(H: Tensor, group_size: int | None, act_order: ActOrder) -> Tensor:
     """The permutation [K] in which columns are visited."""
     K = H.shape[0]
     diagonal = H.diagonal()
-    if order == "none":
+    if act_order is False:
         return torch.arange(K, device=H.device)
-    if order == "activation":
+    if act_order is True:
         return torch.argsort(diagonal, descending=True, stable=True)
     g = group_size or K
     group = torch.arange(K, device=H.device) // g

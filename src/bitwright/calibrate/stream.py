@@ -160,12 +160,13 @@ def run_block(
     solve: Callable[[Group, Statistics], None],
     *,
     one_pass: bool,
+    true_sequential: bool = True,
     routed: Collection[str] = (),
 ) -> None:
     """Take `streams` through one block (in place: the lists then hold the block's outputs).
 
     calls: one per micro-batch. groups: in call order, as `trace` gives them. solve replaces the weights of a group's
-    linears in `block`. routed: linears that see a subset of the tokens, which the two streams may choose differently,
+    linears in `block`. true_sequential False: all groups are gathered before any is solved. routed: linears that see a subset of the tokens, which the two streams may choose differently,
     so that no correction can be formed.
     """
     run = _Run(streams, calls, tuple(g.names[0] for g in groups), tuple(g.names[0] for g in groups if g.writes))
@@ -184,37 +185,65 @@ def run_block(
         assert stop is not None
         into.add(pair.shape, stop.x, None if other is None else other.x, pair.drift)
 
-    both = [block] if reference is None else [block, reference]
-    names = [name for name in {*run.leaders, *run.writers}]
-    with stopping(both[0], names), stopping(both[-1], names if len(both) > 1 else []):
-        if one_pass:
-            pairs = [_Pair(block, reference, i, run) for i in indices]
-            try:
-                for group in groups:
-                    sums = gathering(group)
-                    for pair in pairs:
-                        gather(sums, pair, pair.advance(group.names[0]))
-                    solve(group, sums.finish(block_name))
-                for i in indices:
-                    _finish(pairs[i], streams, i)
-            finally:
+    def start(i: int) -> _Pair:
+        return _Pair(block, reference, i, run)
+
+    def waiting() -> None:
+        """One forward a micro-batch; all of them wait while a group is solved, and go on with its new weights."""
+        pairs = [start(i) for i in indices]
+        try:
+            for group in groups:
+                sums = gathering(group)
                 for pair in pairs:
-                    pair.close()
-            return
+                    gather(sums, pair, pair.advance(group.names[0]))
+                solve(group, sums.finish(block_name))
+            for i in indices:
+                _finish(pairs[i], streams, i)
+        finally:
+            for pair in pairs:
+                pair.close()
+
+    def restarting() -> None:
+        """The same with a fresh forward for every group."""
         for position, group in enumerate(groups):
             sums = gathering(group)
             for i in indices:
-                pair = _Pair(block, reference, i, run)
+                pair = start(i)
                 for earlier in groups[:position]:
                     pair.advance(earlier.names[0])
                 gather(sums, pair, pair.advance(group.names[0]))
                 pair.close()
             solve(group, sums.finish(block_name))
+        finishing()
+
+    def at_once() -> None:
+        """Not sequential: every group is gathered in one forward of the block as it is, then all are solved."""
+        every = [gathering(group) for group in groups]
         for i in indices:
-            pair = _Pair(block, reference, i, run)
+            pair = start(i)
+            for group, sums in zip(groups, every, strict=True):
+                gather(sums, pair, pair.advance(group.names[0]))
+            pair.close()
+        for group, sums in zip(groups, every, strict=True):
+            solve(group, sums.finish(block_name))
+        finishing()
+
+    def finishing() -> None:
+        for i in indices:
+            pair = start(i)
             for group in groups:
                 pair.advance(group.names[0])
             _finish(pair, streams, i)
+
+    both = [block] if reference is None else [block, reference]
+    names = [name for name in {*run.leaders, *run.writers}]
+    with stopping(both[0], names), stopping(both[-1], names if len(both) > 1 else []):
+        if not true_sequential:
+            at_once()
+        elif one_pass:
+            waiting()
+        else:
+            restarting()
 
 
 def _finish(pair: _Pair, streams: Streams, i: int) -> None:

@@ -16,9 +16,7 @@ TEXT_HELP = (
 Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id or .gguf file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 _DTYPES = "auto, float32, bfloat16 or float16"
-EvaluationDtype = Annotated[
-    str, typer.Option(help=f"{_DTYPES}. auto: float32 on a CPU, the model's own on a GPU.")
-]
+EvaluationDtype = Annotated[str, typer.Option(help=f"{_DTYPES}. auto: float32 on a CPU, the model's own on a GPU.")]
 GenerationDtype = Annotated[
     str, typer.Option(help=f"{_DTYPES}. auto: bfloat16 for a quantized model on a CPU, else the model's own.")
 ]

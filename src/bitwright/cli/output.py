@@ -168,6 +168,8 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
+        if key == "shape":
+            return str(list(value))
         return _ranges(value) if key == "indices" else ", ".join(_shown(key, v) for v in value)
     if isinstance(value, Mapping):
         return "  ".join(f"{_label(k)} {_shown(k, v)}" for k, v in value.items())

@@ -43,7 +43,10 @@ def quantize(
     ] = None,
     device: options.Device = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Of scales and unquantized tensors: auto (the model's own), float16 or bfloat16.")
+        str,
+        typer.Option(
+            help="Of scales and unquantized tensors: float16, bfloat16, or auto: the model's own, bfloat16 for float32."
+        ),
     ] = "auto",
     max_memory: Annotated[
         str | None, typer.Option(help="Memory to stay under, for example 8GB.", show_default="what is free")

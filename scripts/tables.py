@@ -1,0 +1,289 @@
+"""Write the README's tables from benchmarks/quality.jsonl, the records of scripts/quality.py.
+
+    python scripts/tables.py            # rewrites the tables in README.md in place
+    python scripts/tables.py --check    # exit code 1 if they are not what the records say
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is one of `TABLES`. Records that differ in
+nothing but the seed share a row: values are means over seeds, and ± is the mean of their standard errors over windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "quality.jsonl"
+README = ROOT / "README.md"
+
+UNQUANTIZED = "fp"
+FAMILIES = ("opt", "falcon", "mixtral")
+# What `bitwright quantize` takes where a configuration says nothing.
+DEFAULT_CALIBRATION = {"num_samples": "128", "seq_len": "2048"}
+_MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_MISSING = "–"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration as scripts/quality.py spells it, taken apart. algorithm is empty for `fp`; options are sorted and
+    hold neither seed nor calibration; calibration is "32 × 512" for gptq, else empty."""
+
+    scheme: str
+    algorithm: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+    calibration: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Config:
+        """Of "w4a16-g64 gptq seed=0 num_samples=32 seq_len=512 shrinkage=0.1"."""
+        scheme, *rest = text.split()
+        if not rest:
+            return cls(scheme)
+        algorithm, *pairs = rest
+        options = dict(pair.split("=", 1) for pair in pairs)
+        options.pop("seed", None)
+        samples = {key: options.pop(key, default) for key, default in DEFAULT_CALIBRATION.items()}
+        calibration = f"{samples['num_samples']} × {samples['seq_len']}" if algorithm == "gptq" else ""
+        return cls(scheme, algorithm, tuple(sorted(options.items())), calibration)
+
+    @property
+    def label(self) -> str:
+        """As a reader would type it, calibration apart."""
+        if self.scheme == UNQUANTIZED:
+            return "unquantized"
+        return " ".join([self.scheme, self.algorithm, *(f"{key}={value}" for key, value in self.options)])
+
+
+@dataclass(frozen=True)
+class Row:
+    """Records of one model and configuration on the same windows, one for each seed."""
+
+    model: str
+    config: Config
+    windows: int
+    seq_len: int
+    records: tuple[Record, ...]
+
+    def mean(self, read: Callable[[Record], float | None]) -> float | None:
+        """Mean over the seeds of what `read` finds; None if any record lacks it."""
+        found = [read(record) for record in self.records]
+        return None if None in found else statistics.fmean(x for x in found if x is not None)
+
+    def text(self, label: str, *path: str) -> float | None:
+        """Mean of a number of one text, such as text("novel", "quality", "perplexity", "mean")."""
+
+        def read(record: Record) -> float | None:
+            value = record["texts"].get(label)
+            for key in path:
+                value = None if value is None else value.get(key)
+            return value
+
+        return self.mean(read)
+
+    def quantize(self, key: str) -> float | None:
+        """Mean of a number that the quantize run left; None for the unquantized model."""
+        return self.mean(lambda record: record.get("quantize", {}).get(key))
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight; infinite for the unquantized model, so that it comes first."""
+        bits = self.quantize("bits_per_weight")
+        return float("inf") if bits is None else bits
+
+
+def read_records(path: Path) -> list[Record]:
+    """One record per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """Records grouped over seeds; models in order of appearance, each from most bits to fewest, then by perplexity."""
+    groups: dict[tuple[str, Config, int, int], list[Record]] = {}
+    for record in records:
+        key = (record["model"], Config.parse(record["config"]), record["windows"], record["seq_len"])
+        groups.setdefault(key, []).append(record)
+    rows = [Row(*key, tuple(members)) for key, members in groups.items()]
+    models = list(dict.fromkeys(row.model for row in rows))
+    first = next(iter(texts_of(rows)), "")
+
+    def order(row: Row) -> tuple[int, float, float]:
+        return models.index(row.model), -row.bits, row.text(first, "quality", "perplexity", "mean") or float("inf")
+
+    return sorted(rows, key=order)
+
+
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """Labels of the texts, in order of appearance."""
+    return list(dict.fromkeys(label for row in rows for record in row.records for label in record["texts"]))
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def quality(rows: Sequence[Row]) -> str:
+    """SmolLM2 by gptq and rtn."""
+    return _table([row for row in rows if row.model.startswith("SmolLM2") and row.config.algorithm != "finequant"])
+
+
+def finequant(rows: Sequence[Row]) -> str:
+    """SmolLM2 by finequant, beside uniform rtn."""
+    ours = [row for row in rows if row.model.startswith("SmolLM2")]
+    if not any(row.config.algorithm == "finequant" for row in ours):
+        return _NOTHING
+    return _table([row for row in ours if row.config.algorithm != "gptq"])
+
+
+def families(rows: Sequence[Row]) -> str:
+    """The small trained models of other families, each relative to itself unquantized."""
+    return _table([row for row in rows if row.model in FAMILIES], relative=True)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "quality": quality,
+    "families": families,
+    "finequant": finequant,
+}
+_NOTHING = "*No records yet; `scripts/quality.py` makes them.*\n"
+
+
+def _table(rows: Sequence[Row], relative: bool = False) -> str:
+    """A Markdown table with a caption; columns that no row fills are left out."""
+    if not rows:
+        return _NOTHING
+    texts = texts_of(rows)
+    several_windows = len({(row.windows, row.seq_len) for row in rows}) > 1
+    several_calibrations = len({row.config.calibration for row in rows} - {""}) > 1
+    base = {(row.model, row.windows): row for row in rows if row.config.scheme == UNQUANTIZED}
+
+    def name(row: Row) -> str:
+        notes = []
+        if several_calibrations and row.config.calibration:
+            notes.append(f"{row.config.calibration} tokens")
+        if several_windows:
+            notes.append(f"{row.windows} windows")
+        label = row.config.label if row.config.scheme == UNQUANTIZED else f"`{row.config.label}`"
+        return ", ".join([label, *notes])
+
+    def perplexity(row: Row, text: str) -> str:
+        mean = row.text(text, "quality", "perplexity", "mean")
+        if mean is None:
+            return _MISSING
+        error = row.text(text, "quality", "perplexity", "standard_error")
+        shown = _number(mean) + ("" if error is None else f" ± {_number(error)}")
+        plain = base.get((row.model, row.windows))
+        before = plain.text(text, "quality", "perplexity", "mean") if relative and plain not in (None, row) else None
+        return shown if before is None else f"{shown} ({100 * (mean / before - 1):+.1f} %)"
+
+    columns: list[tuple[str, Callable[[Row], str]]] = []
+    if len({row.model for row in rows}) > 1:
+        columns.append(("model", lambda row: row.model))
+    columns.append(("configuration", name))
+    columns.append(("bits per weight", lambda row: _MISSING if row.bits == float("inf") else f"{row.bits:.2f}"))
+    columns += [(f"perplexity, {text}", lambda row, text=text: perplexity(row, text)) for text in texts]
+    for text in texts:
+        columns.append(
+            (f"KL, {text}", lambda row, text=text: _plain(row.text(text, "divergence", "kl", "mean"), ".4f"))
+        )
+        columns.append(
+            (
+                f"top-1, {text}",
+                lambda row, text=text: _plain(row.text(text, "divergence", "top1_agreement", "mean"), ".3f"),
+            )
+        )
+    columns.append(("CPU-seconds", lambda row: _plain(row.quantize("cpu_seconds"), ".0f")))
+    columns.append(("peak memory, MB", lambda row: _plain(_mega(row.quantize("peak_rss_bytes")), ".0f")))
+    cells = {title: [show(row) for row in rows] for title, show in columns}
+    cells = {title: values for title, values in cells.items() if any(value != _MISSING for value in values)}
+    left = ("model", "configuration")
+    lines = [
+        "| " + " | ".join(cells) + " |",
+        "|" + "|".join("---" if title in left else "---:" for title in cells) + "|",
+        *("| " + " | ".join(line) + " |" for line in zip(*cells.values(), strict=True)),
+    ]
+    return "\n".join(lines) + "\n\n" + _caption(rows) + "\n"
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    """How the numbers were made, from the records."""
+    windows = " or ".join(sorted({f"{row.windows} windows of {row.seq_len} tokens" for row in rows}))
+    said = [f"{windows}, evaluated in float32; ± is one standard error over windows"]
+    calibrations = sorted({row.config.calibration for row in rows} - {""})
+    if len(calibrations) == 1:
+        said.append(f"gptq calibrated on {calibrations[0]} tokens")
+    seeds = sorted({len(row.records) for row in rows if row.config.calibration})
+    if seeds and seeds[-1] > 1:
+        said.append(f"means over {' or '.join(map(str, seeds))} seeds" if len(seeds) < 3 else "means over seeds")
+    machines = [
+        record["quantize"].get("machine") or {} for row in rows for record in row.records if "quantize" in record
+    ]
+    named = sorted({f"{m['processor']}, {_threads(m['threads'])}" for m in machines if "processor" in m})
+    if named:
+        said.append(f"CPU-seconds and peak memory of `bitwright quantize` on {' or '.join(named)}")
+    return f"{'; '.join(said)}. Records: `benchmarks/quality.jsonl`, made by `scripts/quality.py`."
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
+def _number(value: float) -> str:
+    """Two decimals below 100, one below 1000, none above."""
+    return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f}"
+
+
+def _plain(value: float | None, form: str) -> str:
+    return _MISSING if value is None else format(value, form)
+
+
+def _mega(value: float | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+# ------------------------------------------------------------------------------------------------------------- README
+
+
+def rewritten(readme: str, records: Sequence[Record]) -> str:
+    """The README with every marked table made anew. ValueError names a table that is not known."""
+    rows = rows_of(records)
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"the README marks a table {name!r}; known are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](rows)}{match[3]}"
+
+    return _MARKED.sub(replace, readme)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is stale")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--readme", type=Path, default=README)
+    args = parser.parse_args(arguments)
+    if not args.records.exists():
+        print(f"{args.records}: there are no records; scripts/quality.py makes them", file=sys.stderr)
+        return 1
+    before = args.readme.read_text(encoding="utf-8")
+    after = rewritten(before, read_records(args.records))
+    if before == after:
+        return 0
+    if args.check:
+        print(f"{args.readme}: its tables are not those of {args.records}; run scripts/tables.py", file=sys.stderr)
+        return 1
+    args.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""scripts/tables.py and scripts/plot_finequant.py on made-up records, and the README against the real ones."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = {"processor": "Test CPU", "threads": 1, "system": "Linux"}
+README = "# x\n\n<!-- table:quality -->\nold\n<!-- /table -->\n\nbetween | the | tables\n\n<!-- table:families -->\n<!-- /table -->\n"
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return _script("tables")
+
+
+def _script(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.pop(0)
+
+
+def record(model: str, config: str, kl: float | None = None, **perplexity: float) -> dict[str, Any]:
+    """What scripts/quality.py writes; bits, seconds and memory follow from the scheme so that tests can tell them."""
+    scheme = config.split()[0]
+    texts = {}
+    for label, mean in perplexity.items():
+        estimate = {"mean": mean, "standard_error": mean / 10}
+        divergence = None if kl is None else {"kl": {"mean": kl}, "top1_agreement": {"mean": 1 - kl}}
+        texts[label] = {"quality": {"perplexity": estimate}, "divergence": divergence, "text_sha256": "0"}
+    made = {"model": model, "config": config, "windows": 10, "seq_len": 2048, "texts": texts}
+    if scheme != "fp":
+        run = {"seconds": 9.0, "cpu_seconds": 100.0 + len(config), "peak_rss_bytes": 1_234_000_000, "machine": MACHINE}
+        made["quantize"] = {"bits_per_weight": int(scheme[1]) + 0.25, **run}
+    return made
+
+
+def sample() -> list[dict[str, Any]]:
+    gptq = "w4a16-g64 gptq seed={} num_samples=32 seq_len=512"
+    return [
+        record("SmolLM2-135M-Instruct", "w3a16-g64 rtn", speeches=112.75, novel=1234.5),
+        record("SmolLM2-135M-Instruct", gptq.format(0), kl=0.02, speeches=25.0, novel=40.0),
+        record("SmolLM2-135M-Instruct", gptq.format(1), speeches=26.0, novel=41.0),
+        record("SmolLM2-135M-Instruct", gptq.format(0) + " shrinkage=0.2", speeches=24.0, novel=42.0),
+        record("SmolLM2-135M-Instruct", "fp", speeches=21.26, novel=33.38),
+        record("SmolLM2-135M-Instruct", "w4a16 finequant alpha=2", speeches=30.0, novel=50.0),
+        record("opt", "fp", speeches=80.0),
+        record("opt", "w4a16-g64 rtn", speeches=84.0),
+    ]
+
+
+def cells(table: str) -> dict[str, dict[str, str]]:
+    """configuration -> column -> cell."""
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    head, _rule, *rows = lines
+    assert all(len(row) == len(head) for row in rows)
+    found = [dict(zip(head, row, strict=True)) for row in rows]
+    return {row["configuration"]: row for row in found}
+
+
+def test_config(tables: ModuleType) -> None:
+    parse = tables.Config.parse
+    given = "w4a16-g64 gptq seed=3 shrinkage=0.1 num_samples=32 seq_len=512 order=group"
+    assert parse(given) == parse("w4a16-g64 gptq order=group seq_len=512 seed=0 num_samples=32 shrinkage=0.1")
+    assert parse(given).label == "w4a16-g64 gptq order=group shrinkage=0.1"
+    assert parse(given).calibration == "32 × 512"
+    assert parse(given) != parse(given.replace("512", "1024"))
+    assert parse("w4a16 gptq").calibration == "128 × 2048"
+    assert (parse("w8a8 rtn").calibration, parse("fp").label) == ("", "unquantized")
+
+
+def test_the_defaults_are_those_of_the_command(tables: ModuleType) -> None:
+    import inspect
+
+    from bitwright.cli.quantize import quantize
+
+    parameters = inspect.signature(quantize).parameters
+    assert {key: str(parameters[key].default) for key in tables.DEFAULT_CALIBRATION} == tables.DEFAULT_CALIBRATION
+
+
+def test_quality(tables: ModuleType) -> None:
+    table = tables.quality(tables.rows_of(sample()))
+    rows = cells(table)
+    gptq = "`w4a16-g64 gptq`, 2 seeds"
+    assert list(rows) == ["unquantized", "`w4a16-g64 gptq shrinkage=0.2`, 1 seed", gptq, "`w3a16-g64 rtn`"]
+    mean, error = statistics.fmean([25.0, 26.0]), statistics.fmean([2.5, 2.6])
+    assert rows[gptq]["perplexity, speeches"] == f"{mean:.2f} ± {error:.2f}"
+    assert rows["`w3a16-g64 rtn`"]["perplexity, speeches"] == "112.8 ± 11.28"
+    assert rows["`w3a16-g64 rtn`"]["perplexity, novel"] == "1234 ± 123.5"
+    assert (rows[gptq]["KL, speeches"], rows[gptq]["top-1, speeches"]) == ("0.0200", "0.980")
+    assert (rows[gptq]["bits per weight"], rows["unquantized"]["bits per weight"]) == ("4.25", "–")
+    assert (rows[gptq]["peak memory, MB"], rows["unquantized"]["CPU-seconds"]) == ("1234", "–")
+    assert rows[gptq]["CPU-seconds"] == f"{100 + len('w4a16-g64 gptq seed=0 num_samples=32 seq_len=512')}"
+    assert "10 windows of 2048 tokens" in table and "32 × 512 tokens" in table and "Test CPU, 1 thread." in table
+
+
+def test_one_number_of_seeds_goes_into_the_caption(tables: ModuleType) -> None:
+    table = tables.quality(tables.rows_of([r for r in sample() if "shrinkage" not in r["config"]]))
+    assert "`w4a16-g64 gptq`" in cells(table) and "means over 2 seeds" in table
+
+
+def test_columns_that_nothing_fills_are_left_out(tables: ModuleType) -> None:
+    rows = cells(tables.families(tables.rows_of(sample())))
+    assert not {"KL, speeches", "top-1, speeches", "perplexity, novel"} & set(rows["unquantized"])
+
+
+def test_windows_are_told_apart(tables: ModuleType) -> None:
+    few = record("SmolLM2-135M-Instruct", "w3a16-g64 rtn", speeches=100.0)
+    rows = cells(tables.quality(tables.rows_of([*sample(), few | {"windows": 5}])))
+    assert rows["`w3a16-g64 rtn`, 5 windows"]["perplexity, speeches"].startswith("100.0")
+    assert rows["`w3a16-g64 rtn`, 10 windows"]["perplexity, speeches"].startswith("112.8")
+
+
+def test_families_are_relative_to_themselves(tables: ModuleType) -> None:
+    rows = cells(tables.families(tables.rows_of(sample())))
+    assert rows["`w4a16-g64 rtn`"]["perplexity, speeches"] == "84.00 ± 8.40 (+5.0 %)"
+    assert rows["unquantized"]["perplexity, speeches"] == "80.00 ± 8.00"
+
+
+def test_finequant_leaves_gptq_out(tables: ModuleType) -> None:
+    assert list(cells(tables.finequant(tables.rows_of(sample())))) == [
+        "unquantized",
+        "`w4a16 finequant alpha=2`",
+        "`w3a16-g64 rtn`",
+    ]
+    assert "No records yet" in tables.finequant(tables.rows_of([r for r in sample() if "finequant" not in r["config"]]))
+
+
+def test_the_readme_is_rewritten_between_its_marks(tables: ModuleType, tmp_path: Path) -> None:
+    records, readme = tmp_path / "r.jsonl", tmp_path / "README.md"
+    readme.write_text(README)
+    arguments = ["--records", str(records), "--readme", str(readme)]
+    assert tables.main(arguments) == 1  # no records
+    records.write_text("".join(json.dumps(r) + "\n" for r in sample()))
+    assert tables.main([*arguments, "--check"]) == 1
+    assert readme.read_text() == README
+    assert tables.main(arguments) == 0
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("# x\n\n<!-- table:quality -->\n|")
+    assert "\n<!-- /table -->\n\nbetween | the | tables\n\n<!-- table:families -->\n|" in text
+    assert tables.main([*arguments, "--check"]) == 0
+    with records.open("a") as f:
+        f.write(json.dumps(record("opt", "w8a8 rtn", speeches=81.0)) + "\n")
+    assert tables.main([*arguments, "--check"]) == 1
+
+
+def test_unknown_tables_are_an_error(tables: ModuleType) -> None:
+    with pytest.raises(ValueError, match="'speed'"):
+        tables.rewritten("<!-- table:speed -->\n<!-- /table -->\n", sample())
+
+
+def test_the_readme_is_fresh(tables: ModuleType) -> None:
+    if not tables.RECORDS.exists():
+        pytest.skip("benchmarks/quality.jsonl is not there: nothing was measured yet")
+    assert tables.main(["--check"]) == 0, "python scripts/tables.py"
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = _script("plot_finequant")
+    records = [
+        *sample(),
+        record("SmolLM2-135M-Instruct", "w4a16 finequant alpha=0.5", speeches=28.0),
+        record("SmolLM2-135M-Instruct", "w4a16 finequant budget=4.5", speeches=1.0),
+        record("SmolLM2-135M-Instruct", "w4a16-g64 rtn", speeches=29.0),
+        record("SmolLM2-135M-Instruct", "w4a16-g64 rtn search=minmax", speeches=2.0),
+    ]
+    rows = [row for row in plot.rows_of(records) if row.model.startswith("SmolLM2")]
+    sweep, uniform, plain = plot.points(rows, "speeches")
+    assert sweep == [(4.25, 28.0, "α = 0.5"), (4.25, 30.0, "α = 2")]
+    assert (uniform, plain) == ([(4.25, 29.0, "g64")], 21.26)
+    file, out = tmp_path / "r.jsonl", tmp_path / "benchmarks" / "a.svg"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    drawn = []
+    for _ in range(2):
+        assert plot.main(["--records", str(file), "--out", str(out)]) == 0
+        drawn.append(out.read_text())
+    assert drawn[0] == drawn[1] and drawn[0].lstrip().startswith("<?xml")
+    assert plot.main(["--records", str(file), "--out", str(out), "--text", "other"]) == 1
