@@ -36,7 +36,7 @@ def main() -> None:
     for left_over in (out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(left_over, ignore_errors=True)
     windows = "2" if arguments.quick else "10"
-    samples = "16" if arguments.quick else "64"
+    samples = "16" if arguments.quick else "26"
     device = ("--device", arguments.device)
 
     started = time.perf_counter()

@@ -81,6 +81,9 @@ def main() -> None:
                 arguments += ["--seq-len", str(args.seq_len), "--num-windows", str(args.windows), "--dtype", "float32"]
                 answer = run_json([*arguments, "--reference", args.model] if args.kl and config != "fp" else arguments)
                 keep = {k: answer.get(k) for k in ("quality", "divergence", "text_sha256", "scored_tokens")}
+                for part in filter(None, keep.values()):
+                    if isinstance(part, dict):
+                        part.pop("name", None)  # the path on this machine
                 record["texts"][label or text] = keep | {"peak_memory_bytes": answer.get("peak_memory_bytes")}
             shutil.rmtree(folder, ignore_errors=True)
         with args.records.open("a") as f:

@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """Records of one model and configuration on the same windows, one for each seed."""
+    """Records of one model and configuration on the same windows, one for each seed. Means are over the seeds that have
+    the number: divergence, say, may have been measured for one only."""
 
     model: str
     config: Config
@@ -75,9 +77,9 @@ class Row:
     records: tuple[Record, ...]
 
     def mean(self, read: Callable[[Record], float | None]) -> float | None:
-        """Mean over the seeds of what `read` finds; None if any record lacks it."""
-        found = [read(record) for record in self.records]
-        return None if None in found else statistics.fmean(x for x in found if x is not None)
+        """Mean over the seeds of what `read` finds; None if it finds nothing."""
+        found = [x for x in map(read, self.records) if x is not None]
+        return statistics.fmean(found) if found else None
 
     def text(self, label: str, *path: str) -> float | None:
         """Mean of a number of one text, such as text("novel", "quality", "perplexity", "mean")."""
@@ -89,6 +91,11 @@ class Row:
             return value
 
         return self.mean(read)
+
+    @property
+    def compared(self) -> int:
+        """How many of the records hold a divergence from the unquantized model."""
+        return sum(any(text.get("divergence") for text in record["texts"].values()) for record in self.records)
 
     def quantize(self, key: str) -> float | None:
         """Mean of a number that the quantize run left; None for the unquantized model."""
@@ -157,20 +164,26 @@ _NOTHING = "*No records yet; `scripts/quality.py` makes them.*\n"
 
 
 def _table(rows: Sequence[Row], relative: bool = False) -> str:
-    """A Markdown table with a caption; columns that no row fills are left out."""
+    """Markdown tables with captions, one for each set of windows, most windows first."""
     if not rows:
         return _NOTHING
+    sets = sorted({(row.windows, row.seq_len) for row in rows}, reverse=True)
+    return "\n".join(_of_windows([row for row in rows if (row.windows, row.seq_len) == s], relative) for s in sets)
+
+
+def _of_windows(rows: Sequence[Row], relative: bool) -> str:
+    """A table of rows that were scored on the same windows; columns that no row fills are left out."""
     texts = texts_of(rows)
-    several_windows = len({(row.windows, row.seq_len) for row in rows}) > 1
     several_calibrations = len({row.config.calibration for row in rows} - {""}) > 1
-    base = {(row.model, row.windows): row for row in rows if row.config.scheme == UNQUANTIZED}
+    several_counts = len(_seed_counts(rows)) > 1
+    base = {row.model: row for row in rows if row.config.scheme == UNQUANTIZED}
 
     def name(row: Row) -> str:
         notes = []
         if several_calibrations and row.config.calibration:
             notes.append(f"{row.config.calibration} tokens")
-        if several_windows:
-            notes.append(f"{row.windows} windows")
+        if several_counts and row.config.calibration:
+            notes.append(_seeds(len(row.records)))
         label = row.config.label if row.config.scheme == UNQUANTIZED else f"`{row.config.label}`"
         return ", ".join([label, *notes])
 
@@ -180,26 +193,22 @@ def _table(rows: Sequence[Row], relative: bool = False) -> str:
             return _MISSING
         error = row.text(text, "quality", "perplexity", "standard_error")
         shown = _number(mean) + ("" if error is None else f" ± {_number(error)}")
-        plain = base.get((row.model, row.windows))
+        plain = base.get(row.model)
         before = plain.text(text, "quality", "perplexity", "mean") if relative and plain not in (None, row) else None
         return shown if before is None else f"{shown} ({100 * (mean / before - 1):+.1f} %)"
+
+    def divergence(row: Row, key: str, form: str) -> str:
+        found = [row.text(text, "divergence", key, "mean") for text in texts]
+        return _MISSING if set(found) == {None} else " / ".join(_plain(x, form) for x in found)
 
     columns: list[tuple[str, Callable[[Row], str]]] = []
     if len({row.model for row in rows}) > 1:
         columns.append(("model", lambda row: row.model))
     columns.append(("configuration", name))
     columns.append(("bits per weight", lambda row: _MISSING if row.bits == float("inf") else f"{row.bits:.2f}"))
-    columns += [(f"perplexity, {text}", lambda row, text=text: perplexity(row, text)) for text in texts]
-    for text in texts:
-        columns.append(
-            (f"KL, {text}", lambda row, text=text: _plain(row.text(text, "divergence", "kl", "mean"), ".4f"))
-        )
-        columns.append(
-            (
-                f"top-1, {text}",
-                lambda row, text=text: _plain(row.text(text, "divergence", "top1_agreement", "mean"), ".3f"),
-            )
-        )
+    columns += [(f"perplexity, {text}", partial(perplexity, text=text)) for text in texts]
+    columns.append(("KL", partial(divergence, key="kl", form=".4f")))
+    columns.append(("top-1", partial(divergence, key="top1_agreement", form=".3f")))
     columns.append(("CPU-seconds", lambda row: _plain(row.quantize("cpu_seconds"), ".0f")))
     columns.append(("peak memory, MB", lambda row: _plain(_mega(row.quantize("peak_rss_bytes")), ".0f")))
     cells = {title: [show(row) for row in rows] for title, show in columns}
@@ -210,26 +219,37 @@ def _table(rows: Sequence[Row], relative: bool = False) -> str:
         "|" + "|".join("---" if title in left else "---:" for title in cells) + "|",
         *("| " + " | ".join(line) + " |" for line in zip(*cells.values(), strict=True)),
     ]
-    return "\n".join(lines) + "\n\n" + _caption(rows) + "\n"
+    return "\n".join(lines) + "\n\n" + _caption(rows, "KL" in cells) + "\n"
 
 
-def _caption(rows: Sequence[Row]) -> str:
+def _caption(rows: Sequence[Row], divergence: bool) -> str:
     """How the numbers were made, from the records."""
-    windows = " or ".join(sorted({f"{row.windows} windows of {row.seq_len} tokens" for row in rows}))
-    said = [f"{windows}, evaluated in float32; ± is one standard error over windows"]
+    said = [f"{rows[0].windows} windows of {rows[0].seq_len} tokens in float32; ± is one standard error over windows"]
+    if divergence:
+        texts = " / ".join(texts_of(rows))
+        partly = " (of the seeds that have them)" if any(0 < row.compared < len(row.records) for row in rows) else ""
+        said.append(f"KL(unquantized ‖ quantized) in nats per token and top-1 agreement{partly} on {texts}")
     calibrations = sorted({row.config.calibration for row in rows} - {""})
     if len(calibrations) == 1:
         said.append(f"gptq calibrated on {calibrations[0]} tokens")
-    seeds = sorted({len(row.records) for row in rows if row.config.calibration})
-    if seeds and seeds[-1] > 1:
-        said.append(f"means over {' or '.join(map(str, seeds))} seeds" if len(seeds) < 3 else "means over seeds")
-    machines = [
-        record["quantize"].get("machine") or {} for row in rows for record in row.records if "quantize" in record
-    ]
-    named = sorted({f"{m['processor']}, {_threads(m['threads'])}" for m in machines if "processor" in m})
+    counts = _seed_counts(rows)
+    if len(counts) == 1 and counts != {1}:
+        said.append(f"means over {_seeds(*counts)}")
+    runs = [record["quantize"] for row in rows for record in row.records if "quantize" in record]
+    machines = [run["machine"] for run in runs if run.get("machine")]
+    named = sorted({f"{m['processor']}, {_threads(m['threads'])}" for m in machines})
     if named:
         said.append(f"CPU-seconds and peak memory of `bitwright quantize` on {' or '.join(named)}")
     return f"{'; '.join(said)}. Records: `benchmarks/quality.jsonl`, made by `scripts/quality.py`."
+
+
+def _seed_counts(rows: Sequence[Row]) -> set[int]:
+    """Seeds per row, among the rows that a seed decides."""
+    return {len(row.records) for row in rows if row.config.calibration}
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" if count == 1 else f"{count} seeds"
 
 
 def _threads(count: int) -> str:

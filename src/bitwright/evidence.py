@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import resource
 import shutil
 import time
@@ -71,7 +72,7 @@ def request_of(
     for file in source.checkpoint.files:
         headers.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     request: dict[str, Any] = {
-        "model": source.folder.name,
+        "model": re.sub(r"^gguf-(.+)-[0-9a-f]{16}$", r"\1", source.folder.name),  # as models/source names its cache
         "weights": headers.hexdigest(),
         "recipe": [
             {

@@ -17,14 +17,15 @@ from bitwright.qtensor import QuantizedTensor
 
 # Below this many tokens an expert's H says more about those tokens than about the expert.
 MIN_EXPERT_TOKENS = 32
+_ROWS_FOR_THREADS = 8192
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """The sweep is a long chain of small operations: sharing each between threads costs more in barriers than it saves
-    (a hundred times more when other programs want the cores too)."""
+def few_threads(rows: int) -> Iterator[None]:
+    """One thread for a sweep over fewer rows than pay for more. It is a long chain of small operations: sharing each
+    between threads costs more in barriers than it saves (a hundred times more when other programs want the cores)."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if rows < _ROWS_FOR_THREADS else before)
     try:
         yield
     finally:
@@ -61,7 +62,7 @@ def solve_group(
             continue
         W = torch.cat([weights[name].float() for name in names])
         correction = torch.cat([stats.corrections[name] for name in names]) if stats.corrections else None
-        with one_thread():
+        with few_threads(W.shape[0]):
             result = gptq(W, stats.H, scheme.weight, options, correction=correction, scale_dtype=dtype)
         begin = 0
         for e, name in zip(members, names, strict=True):

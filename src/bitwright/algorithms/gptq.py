@@ -42,7 +42,8 @@ class GPTQOptions:
     weighs in that search (nothing, diag H, or 1/diag H^-1). block_size: columns per lazy update. rounds: polish rounds
     (None: one up to 3 bits, where it pays, none above); passes: coordinate-descent passes in each. target_strength:
     0..1, the asymmetric target (above 0 calibration runs a second, full-precision stream). sink_weight: what the first
-    token of a sequence weighs in H; every later token attends to it, so its error counts many times."""
+    token of a sequence weighs in H; every later token attends to it, so its error counts many times. true_sequential:
+    whether linears of a block are calibrated on inputs made by quantized predecessors (the pipeline's business)."""
 
     damp_percent: float = 0.01
     shrinkage: float = 0.05

@@ -166,8 +166,8 @@ def run_block(
     """Take `streams` through one block (in place: the lists then hold the block's outputs).
 
     calls: one per micro-batch. groups: in call order, as `trace` gives them. solve replaces the weights of a group's
-    linears in `block`. true_sequential False: all groups are gathered before any is solved. routed: linears that see a subset of the tokens, which the two streams may choose differently,
-    so that no correction can be formed.
+    linears in `block`. true_sequential False: all groups are gathered before any is solved. routed: linears that see
+    a subset of the tokens, which the two streams may choose differently, so that no correction can be formed.
     """
     run = _Run(streams, calls, tuple(g.names[0] for g in groups), tuple(g.names[0] for g in groups if g.writes))
     originals = reference if reference is not None else block
