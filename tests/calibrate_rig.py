@@ -55,9 +55,8 @@ def rig_of(model: Any, seed: int = 0) -> Rig:
 
 
 def wrap_for(model: Any) -> Callable[[Tensor], Any]:
-    """Blocks of these families return a tuple."""
-    tuples = ("Falcon", "OPT")
-    return (lambda h: (h, None)) if type(model).__name__.startswith(tuples) else (lambda h: h)
+    """Falcon's blocks return a tuple, those of the other families a tensor."""
+    return (lambda h: (h, None)) if type(model).__name__.startswith("Falcon") else (lambda h: h)
 
 
 @torch.no_grad()

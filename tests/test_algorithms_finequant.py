@@ -176,7 +176,7 @@ def test_choices_are_measured(symmetric: bool) -> None:
         error = 0.0
         for W in matrices:
             Q = rtn(W, c.scheme).dequantize()
-            error += float((Q - W).double().square().sum() / W.double().square().sum())
+            error += W.numel() * float((Q - W).double().square().sum() / W.double().square().sum())
         assert c.error == pytest.approx(error, rel=1e-4)
     by = {(c.scheme.bits, c.scheme.group_size): c.error for c in found}
     assert by[4, 32] < by[4, None] and by[4, 32] < by[3, 32]
@@ -186,7 +186,7 @@ def test_choices_of_many_rows_stand_for_all() -> None:
     W = spiky(1000, 64, 0.01, 6)
     c = choices([W], True, FineQuantOptions(bits=(4,), groups=()))[0]
     whole = rtn(W, WeightScheme(4)).dequantize()
-    assert c.error == pytest.approx(float((whole - W).square().sum() / W.square().sum()), rel=0.2)
+    assert c.error == pytest.approx(W.numel() * float((whole - W).square().sum() / W.square().sum()), rel=0.2)
     assert choices([torch.zeros(4, 64)], True, FineQuantOptions())[0].error == 0
 
 

@@ -343,7 +343,7 @@ def test_a_group_that_does_not_divide_the_width(tiny_folder: Callable[..., Path]
     asked = call | {"format": "compressed-tensors"}
     refused(FormatError, "down_proj", "32", "48", "native", model=folder, out=tmp_path / "out", **asked)
     result = quantize(folder, tmp_path / "out", **call)
-    assert result.record["quant_method"] == "native"
+    assert result.record["format"] == "native"
     assert any("down_proj" in note and "48" in note for note in result.record["portability"])
 
 
@@ -408,13 +408,22 @@ def test_a_full_disk_anywhere(
         "part": (run_folder, "save_file"),
         "record": (run_folder, "_write"),
         "weights": (checkpoint, "_copy_range"),
-        "companions": (shutil, "copyfile"),
+        "companions": (Path, "write_bytes"),
         "config": (evidence, "_dump"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*targets[where], full)
         refused(OutputError, "No space left", "free space", model=model, out=tmp_path / "out", **call)
     finishes_now(model, tmp_path / "out", **call)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and gives a read error")
+def test_a_file_to_come_along_that_cannot_be_read(model: Path, text: str, tmp_path: Path) -> None:
+    """The source is to blame, not the output; and it is known before the long part."""
+    (model / "LICENSE").symlink_to("/proc/self/mem")
+    call = {"calibration": text, **ALGORITHMS["gptq"]}
+    message = refused(CheckpointError, "LICENSE", "cannot be read", model=model, out=tmp_path / "out", **call)
+    assert "written" not in message and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("limit", [3_000, 20_000, 60_000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -348,3 +349,31 @@ def test_peak_memory_is_this_process_alone() -> None:
     assert output.peak_memory() > 300e6
     assert 5e6 < int(done.stdout) < 200e6
     del ballast
+
+
+@pytest.fixture()
+def custom_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama under a model type of its own, whose classes lie in its folder."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    custom = shutil.copytree(folder, tmp_path / "custom")
+    (custom / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((custom / "config.json").read_text()) | {"model_type": "own_llama"}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (custom / "config.json").write_text(json.dumps(config))
+    return custom
+
+
+def test_custom_code_runs_only_when_trusted(custom_code: Path, text: Path) -> None:
+    for command in (
+        ["evaluate", str(custom_code), "--text", str(text), "--seq-len", "64", "--num-windows", "1"],
+        ["generate", str(custom_code), "--prompt", "It was", "--max-new-tokens", "2"],
+    ):
+        refused = run(app, [*command, "--json"], input="n\n")
+        assert refused.exit_code == 1 and len(refused.stderr.splitlines()) >= 1, command
+        assert run(app, [*command, "--trust-remote-code", "--json"]).exit_code == 0, command

@@ -234,7 +234,11 @@ def test_folders_load_and_agree_with_the_object(model, tokenizer, tmp_path: Path
     assert from_folder.quality == in_memory.quality
     assert (from_folder.model, from_folder.divergence.name) == (str(tmp_path), str(tmp_path))
     assert from_folder.divergence.kl.mean == 0.0
-    (tmp_path / "tokenizer.json").unlink()
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"BPE"', '"none"'))
+    with pytest.raises(CheckpointError, match="has no tokenizer that can be read"):
+        bw.evaluate(tmp_path, TEXT, seq_len=64, num_windows=2)
+    file.unlink()
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer that can be read"):
         bw.evaluate(tmp_path, TEXT, seq_len=64, num_windows=2)

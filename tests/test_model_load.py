@@ -211,8 +211,8 @@ def test_kept_tensors_of_embedding_and_head(tiny_folder) -> None:
     assert head.disk_name == "embed_out", "renamed by transformers"
     assert "embed_out.weight" not in untied.kept_tensors(["lm_head"])
     tied = open_model(tiny_folder("llama"))
-    assert tied.kept_tensors(["lm_head"]) == list(tied.checkpoint.names), "the embedding still needs its tensor"
-    assert "model.embed_tokens.weight" not in tied.kept_tensors(["model.embed_tokens"])
+    for half in ("lm_head", "model.embed_tokens"):
+        assert "model.embed_tokens.weight" not in tied.kept_tensors([half]), "the other half is no copy any more"
     with pytest.raises(StructureError, match="'nothing' is not a module"):
         tied.kept_tensors(["nothing"])
 

@@ -194,7 +194,7 @@ def test_ragged_groups_go_to_the_native_format_and_load(
     for family in ("llama", "mixtral"):
         source = tiny_folder(family, torch.bfloat16)
         result = quantize(source, tmp_path / family, scheme="w3a16-g32-asym", calibration=text, **SMALL)
-        assert result.record["quant_method"] == "native"
+        assert result.record["format"] == "native"
         (tmp_path / f"twin-{family}").mkdir()
         check(source, result, tmp_path / f"twin-{family}")
 

@@ -80,7 +80,7 @@ def test_head_and_embedding(
                 logits(AutoModelForCausalLM.from_pretrained(result.out)), expected, rtol=0, atol=0
             )
     else:
-        assert result.record["quant_method"] == "native"
+        assert result.record["format"] == "native"
 
 
 def test_a_tied_pair_at_one_scheme_is_stored_once(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -115,5 +115,56 @@ def test_a_stored_head_that_differs_from_its_embedding_unties_the_config(
     result = run(source, tmp_path, WHICH["head"])
     assert json.loads((result.out / "config.json").read_text())["tie_word_embeddings"] is False
     found = read(result.out)
+    expected = logits(twin(source, found, tmp_path / "twin"))
+    torch.testing.assert_close(logits(load(result.out, torch.bfloat16, packed=False)), expected, rtol=0, atol=0)
+
+
+def test_projections_around_the_blocks_stay_what_they_are(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """OPT with narrow embeddings has linears outside its blocks; readers that look for "Linear" must let them be."""
+    from transformers import AutoModelForCausalLM
+
+    source = tiny_folder("opt", torch.bfloat16, **WIDE["opt"] | {"word_embed_proj_dim": 32})
+    result = run(source, tmp_path, {})
+    assert result.record["format"] == "compressed-tensors"
+    found = read(result.out)
+    expected = logits(twin(source, found, tmp_path / "twin"))
+    theirs = AutoModelForCausalLM.from_pretrained(result.out)
+    original = weights(source)
+    for leaf in ("project_in", "project_out"):
+        weight = theirs.model.decoder.get_submodule(leaf).weight
+        assert torch.equal(weight, next(t for n, t in original.items() if n.endswith(f"{leaf}.weight")))
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(load(result.out, torch.bfloat16, packed=False)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stored", ["both", "head"])
+@pytest.mark.parametrize("which", WHICH)
+def test_a_tied_head_that_is_stored(tiny_folder: Callable[..., Path], tmp_path: Path, which: str, stored: str) -> None:
+    """Some checkpoints hold the tied matrix twice, or under the head's name alone."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    tied = tiny_folder("llama", torch.bfloat16, **WIDE["llama"], tie_word_embeddings=True)
+    source = shutil.copytree(tied, tmp_path / "model")
+    tensors = weights(source)
+    matrix = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = matrix.clone()
+    if stored == "head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = run(source, tmp_path, WHICH[which])
+    found = read(result.out)
+    quantized = {n for n in ("lm_head", "model.embed_tokens") if n in found.matrices}
+    plain = {n for n in ("lm_head", "model.embed_tokens") if f"{n}.weight" in found.kept}
+    assert (quantized, plain) == {
+        "head": ({"lm_head"}, {"model.embed_tokens"}),
+        "embedding": ({"model.embed_tokens"}, {"lm_head"}),
+        "both": ({"model.embed_tokens"}, set()),
+        "apart": ({"lm_head", "model.embed_tokens"}, set()),
+    }[which]
+    assert all(torch.equal(found.kept[f"{n}.weight"], matrix) for n in plain)
+    for n in quantized:
+        assert (found.matrices[n].dequantize() - matrix.float()).norm() < 0.01 * matrix.float().norm()
     expected = logits(twin(source, found, tmp_path / "twin"))
     torch.testing.assert_close(logits(load(result.out, torch.bfloat16, packed=False)), expected, rtol=0, atol=0)

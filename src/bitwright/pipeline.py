@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, trace
+from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, sharing, trace
 from bitwright.calibrate.memory import device_of, fits_one_pass, parse_bytes
 from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
 from bitwright.errors import CalibrationError, CheckpointError, OutputError, RecipeError
-from bitwright.evidence import Clock, check_kept, make_record, request_of, run_record, write_folder
+from bitwright.evidence import Clock, check_kept, make_record, request_of, run_record, stored_dtype, write_folder
 from bitwright.models.load import SourceModel, open_model
 from bitwright.models.source import resolve
 from bitwright.models.structure import Block
@@ -99,7 +99,7 @@ def quantize(
             _calibrated_blocks(source, plan, samples, run, where, max_memory, clock, report, earlier)
         else:
             with clock.phase("solve"):
-                _data_free_blocks(source, plan, run, where, report)
+                _data_free_blocks(source, plan, run, where, report, clock, earlier)
     with clock.phase("write"):
         run.drop_streams(len(source.structure.blocks))
         record = make_record(source, plan, chosen, request, run)
@@ -168,7 +168,15 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 # ------------------------------------------------------------------------------------------------ without calibration
 
 
-def _data_free_blocks(source: SourceModel, plan: Plan, run: RunFolder, device: torch.device, report: Progress) -> None:
+def _data_free_blocks(
+    source: SourceModel,
+    plan: Plan,
+    run: RunFolder,
+    device: torch.device,
+    report: Progress,
+    clock: Clock,
+    earlier: dict[str, Any],
+) -> None:
     blocks = source.structure.blocks
     for index in range(run.finished, len(blocks)):
         report("quantize", index, len(blocks), blocks[index].name)
@@ -179,6 +187,7 @@ def _data_free_blocks(source: SourceModel, plan: Plan, run: RunFolder, device: t
                 check_finite(f"{x.disk_name}.weight", W)
                 done.add(plan.entries[x.name], *solve_data_free(plan.entries[x.name], W.to(device), plan.dtype))
         run.save_part(index, done.tensors, done.records)
+        run.save_spent(run_record(clock, device, earlier))
     report("quantize", len(blocks), len(blocks), "")
 
 
@@ -220,41 +229,59 @@ def _calibrated_blocks(
     known: dict[tuple[str, ...], list[Group]] = {}
     for index in range(run.finished, len(blocks)):
         report("calibrate", index, len(blocks), blocks[index].name)
-        block = blocks[index]
-        with clock.phase("load"):
-            source.unfuse(block.name)
-            original = source.materialize(block.name, compute, device)
-            module = copy.deepcopy(original)
-            _as_stored(module, original, block, plan)
-        done = _Done(plan)
-        with clock.phase("trace"):
-            local = _local_names(block)
-            shape = tuple(f"{n}:{original.get_submodule(n).weight.shape}" for n in local)
-            if shape not in known:
-                known[shape] = trace(original, streams.quantized[0], calls[0][index], local, _routed(block))
-            groups = _calibrated_groups(known[shape], block, plan)
-        _install_data_free(block, module, plan, done, groups)
-        one_pass = fits_one_pass(groups, original, samples.numel(), streams, max_memory, device)
-        with clock.phase("calibrate"):
-            run_block(
-                block.name,
-                module,
-                original if streams.reference is not None else None,
-                streams,
-                [call[index] for call in calls],
-                groups,
-                partial(_needs, block=block, plan=plan),
-                partial(_solve, block=block, original=original, module=module, plan=plan, done=done, clock=clock),
-                one_pass=one_pass,
-                true_sequential=_sequential(block, plan),
-                routed=_routed(block),
-            )
+        done = _one_block(
+            source, plan, blocks[index], streams, [call[index] for call in calls], known, compute, max_memory, clock
+        )
         with clock.phase("save"):
             run.save_part(index, done.tensors, done.records)
             run.save_streams(index + 1, streams)
             run.save_spent(run_record(clock, device, earlier))
-        source.release(block.name)
     report("calibrate", len(blocks), len(blocks), "")
+
+
+def _one_block(
+    source: SourceModel,
+    plan: Plan,
+    block: Block,
+    streams: Streams,
+    calls: Sequence[Call],
+    known: dict[tuple[str, ...], list[Group]],
+    compute: torch.dtype,
+    max_memory: str | None,
+    clock: Clock,
+) -> _Done:
+    """Take the streams through one block while its linears are replaced. known: traces by layout, added to."""
+    device = streams.quantized[0].device
+    with clock.phase("load"):
+        source.unfuse(block.name)
+        original = source.materialize(block.name, compute, device)
+        module = _copy_as_stored(source, original, block, plan)
+    done = _Done(plan)
+    with clock.phase("trace"):
+        local, routed = _local_names(block), _routed(block)
+        layout = tuple(f"{n}:{original.get_submodule(n).weight.shape}" for n in local)
+        if layout not in known:
+            known[layout] = trace(original, streams.quantized[0], calls[0], local, routed)
+        groups = _calibrated_groups(known[layout], block, plan)
+    _install_data_free(block, module, plan, done, groups)
+    tokens = sum(h.shape[0] * h.shape[1] for h in streams.quantized)
+    with clock.phase("calibrate"):
+        run_block(
+            block.name,
+            module,
+            original if streams.reference is not None else None,
+            streams,
+            calls,
+            groups,
+            partial(_needs, block=block, plan=plan),
+            partial(_solve, block=block, original=original, module=module, plan=plan, done=done, clock=clock),
+            one_pass=fits_one_pass(groups, routed, tokens, streams, max_memory, device),
+            true_sequential=_sequential(block, plan),
+            routed=routed,
+            writers=[group.names[0] for group in known[layout] if group.writes],
+        )
+    source.release(block.name)
+    return done
 
 
 def _enter(
@@ -273,10 +300,14 @@ def _enter(
     probe, calls = block_calls(base, modules[:1], batches[0][:1], lambda h: h)
     returned = first(probe, *calls[0].args, **calls[0].kwargs)
     first_tensor(returned)
-    wrap = (lambda h: (h, None, None)) if isinstance(returned, tuple) else (lambda h: h)
+    wrap = partial(_passed_by, rest=len(returned) - 1 if isinstance(returned, tuple) else None)
     source.release(structure.blocks[0].name)
-    passes = [block_calls(base, modules, batch, wrap) for batch in batches]
-    original = [hidden for hidden, _ in passes]
+    original: list[Tensor] = []
+    every: list[list[Call]] = []
+    for batch in batches:
+        hidden, calls = block_calls(base, modules, batch, wrap)
+        original.append(hidden)
+        every.append(sharing(calls, every[0]) if every else calls)
     quantized = list(original)
     if plan.dtype.itemsize < source.dtype.itemsize:
         # The quantized stream starts from the embeddings as they will be stored.
@@ -285,21 +316,25 @@ def _enter(
                 p.data = p.data.to(plan.dtype).to(p.dtype)
         quantized = [block_calls(base, modules, batch, wrap)[0] for batch in batches]
     source.release_rest()
-    return Streams(quantized, original if plan.two_streams else None), [calls for _, calls in passes]
+    return Streams(quantized, original if plan.two_streams else None), every
 
 
-def _as_stored(module: nn.Module, original: nn.Module, block: Block, plan: Plan) -> None:
-    """Round what stays unquantized to the dtype it will be stored in; give quantized linears' weights back until they
-    are installed (the copy shares them with the original)."""
-    if plan.dtype.itemsize >= 4:
-        return
-    quantized = {x.name for x in block.all_linears if x.name in plan.entries}
+def _passed_by(hidden: Tensor, rest: int | None) -> Any:
+    """What a block that is passed by returns: hidden states, alone or as a tuple with `rest` further values."""
+    return hidden if rest is None else (hidden, *[None] * rest)
+
+
+def _copy_as_stored(source: SourceModel, original: nn.Module, block: Block, plan: Plan) -> nn.Module:
+    """A copy of a block whose unquantized tensors are rounded to what will be stored. Weights to be quantized are not
+    copied: both modules hold the same until they are replaced."""
+    quantized = {f"{x.name}.weight" for x in block.all_linears if x.name in plan.entries}
+    named = {f"{block.name}.{name}": p for name, p in original.named_parameters()}
+    module = copy.deepcopy(original, {id(p): p for name, p in named.items() if name in quantized})
     for name, p in module.named_parameters():
-        owner = name.removesuffix(".weight")
-        if f"{block.name}.{owner}" in quantized:
-            module.get_submodule(owner).weight = original.get_submodule(owner).weight
-        elif p.is_floating_point() and p.dtype == torch.float32:
-            p.data = p.data.to(plan.dtype).to(p.dtype)
+        full = f"{block.name}.{name}"
+        if full not in quantized and p.is_floating_point():
+            p.data = p.data.to(stored_dtype(source, source.disk_names(full)[0], plan.dtype)).to(p.dtype)
+    return module
 
 
 def _local_names(block: Block) -> list[str]:

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.algorithms import finequant
 from bitwright.algorithms.gptq import GPTQOptions
@@ -96,8 +96,7 @@ def make_plan(
     if structure.head is not None:
         names[LM_HEAD] = structure.head
     N, K = structure.embedding_shape
-    disk = source.disk_names(f"{structure.embedding}.weight")[0].removesuffix(".weight")
-    names[EMBEDDING] = Linear(structure.embedding, N, K, False, "Embedding", disk)
+    names[EMBEDDING] = Linear(structure.embedding, N, K, False, "Embedding", disk_name(source, structure.embedding))
     entries: dict[str, Entry] = {}
     kept: list[tuple[str, str]] = []
     for name, assignment in recipe.assign(names).items():
@@ -118,6 +117,13 @@ def make_plan(
     chosen = choose(schemes, widths, requested_format, classes)
     notes = portability(schemes, ignore=ignored(source, entries), widths=widths, classes=classes, requested=chosen.NAME)
     return Plan(entries, tuple(dict.fromkeys(kept)), chosen, tuple(notes), output_dtype(source, dtype), untie)
+
+
+def disk_name(source: SourceModel, module: str) -> str:
+    """What the weight of a module outside the blocks is called on disk, without ".weight"; the module's own path if it
+    is tied to another and not stored itself."""
+    own = source.weights.disk_names(f"{module}.weight")
+    return own[0].removesuffix(".weight") if own else module
 
 
 def _share_tied(structure: Structure, entries: dict[str, Entry], kept: list[tuple[str, str]]) -> bool:
@@ -143,12 +149,15 @@ def output_dtype(source: SourceModel, requested: str) -> torch.dtype:
 
 
 def ignored(source: SourceModel, entries: Mapping[str, Entry]) -> list[str]:
-    """Module names that readers must leave alone: every linear, router or head that is not quantized."""
+    """Module names that readers must leave alone: every linear, inside the blocks or outside, router or head that is
+    not quantized."""
     structure = source.structure
     out = [x.name for x in structure.linears if x.name not in entries]
     out += [k.name.removesuffix(".weight") for block in structure.blocks for k in block.kept if len(k.shape) == 2]
-    if structure.lm_head is not None and structure.lm_head not in entries:
-        out.append(structure.lm_head)
+    for name, module in source.model.named_modules():
+        linear = isinstance(module, nn.Linear) and not name.startswith(f"{structure.blocks_name}.")
+        if (linear or name == structure.lm_head) and name not in entries:
+            out.append(name)
     return out
 
 
@@ -206,28 +215,29 @@ def _said(declared: Any) -> str:
 def _choose_granularity(
     source: SourceModel, entries: dict[str, Entry], progress: Callable[[str, int, int, str], None]
 ) -> dict[str, Entry]:
-    """Replace the schemes of finequant entries by what their weights ask for."""
+    """Replace the schemes of finequant entries by what their weights ask for. Matrices that rules ask different schemes
+    or options for are chosen for apart, even those that servers would hold together."""
     units: dict[tuple[Any, str], list[Entry]] = {}
     shared = _shared(source, entries)
     for name, e in entries.items():
         if e.algorithm == "finequant":
-            units.setdefault((e.options, shared.get(name, name)), []).append(e)
+            units.setdefault(((e.options, e.scheme.weight), shared.get(name, name)), []).append(e)
     candidates: dict[Any, dict[str, Sequence[finequant.Choice]]] = {}
     out = dict(entries)
-    for done, ((options, unit), members) in enumerate(units.items()):
+    for done, ((asked, unit), members) in enumerate(units.items()):
         progress("granularity", done, len(units), unit)
         matrices = [_read(source, f"{e.linear.disk_name}.weight") for e in members]
-        weight = members[0].scheme.weight
+        options, weight = asked
         if options.budget is None:
             group = finequant.ladder(matrices, options)
             for e in members:
                 out[e.linear.name] = replace(e, scheme=replace(e.scheme, weight=replace(weight, group_size=group)))
         else:
-            candidates.setdefault(options, {})[unit] = finequant.choices(matrices, weight.symmetric, options)
-    for options, choices in candidates.items():
-        of = {unit: members for (o, unit), members in units.items() if o == options}
+            candidates.setdefault(asked, {})[unit] = finequant.choices(matrices, weight.symmetric, options)
+    for asked, choices in candidates.items():
+        of = {unit: members for (a, unit), members in units.items() if a == asked}
         weights = sum(e.linear.numel for members in of.values() for e in members)
-        for unit, choice in finequant.allocate(choices, options.budget * weights).items():
+        for unit, choice in finequant.allocate(choices, asked[0].budget * weights).items():
             for e in of[unit]:
                 out[e.linear.name] = replace(e, scheme=Scheme(choice.scheme, 16))
     return out

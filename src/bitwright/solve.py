@@ -97,6 +97,8 @@ def _calibrated(result: GPTQResult, rows: slice, stats: Statistics) -> dict[str,
         "damp_percent": result.damp_percent,
         "tokens": stats.tokens,
     }
+    if result.dead_columns:
+        out["dead_columns"] = result.dead_columns
     if result.fallback is not None:
         out["fallback"] = result.fallback
     return out

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from bitwright.qtensor import spread
 
+_SYSTEM_VALUES = 1 << 24
+
 
 def proxy_loss(Q: Tensor, T: Tensor, H: Tensor) -> Tensor:
     """Per row [N]: (q - t) H (q - t)^T for Q, T [N, K], H [K, K]."""
@@ -58,11 +60,16 @@ def coordinate_descent(
 def refit_scales(levels: Tensor, T: Tensor, H: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
     """New scales [N, G] for fixed integer levels (codes minus zero point) [N, K]; T [N, K] the target, H [K, K] damped.
 
-    A group whose levels are all zero keeps its scale, as does a row whose new scales do not lower its loss.
+    A group whose levels are all zero keeps its scale, as does a row whose new scales do not lower its loss. Rows are
+    taken so many at a time that their systems stay within 64 MB.
     """
     N, K = levels.shape
     g = group_size or K
     G = scale.shape[1]
+    rows = max(1, _SYSTEM_VALUES // (G * G))
+    if rows < N:
+        parts = [slice(i, i + rows) for i in range(0, N, rows)]
+        return torch.cat([refit_scales(levels[p], T[p], H, scale[p], group_size) for p in parts])
     pad = G * g - K
     TH = T @ H
     A = torch.empty(N, G, G, device=T.device)

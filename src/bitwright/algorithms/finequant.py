@@ -6,10 +6,10 @@ The paper's threshold rule is not public; both rules here are ours.
   by a few large weights that stretch it; R(g), the mean over groups of max|w| relative to the row's max|w|, says by how
   much groups of g relieve that. From g go to the next finer g' while
   log2(R(g) / R(g')) > alpha * (16/g' - 16/g), with 16-bit scales. Every step pays for itself in bits of resolution.
-* `allocate`: choose (bits, group size) of every matrix at once so that the summed relative error ||W - Q||^2 / ||W||^2
-  is least under a budget of average stored bits. Every matrix counts alike: noise relative to a layer's output is what
-  the network sees, so a small matrix is worth more bits per weight than a large one. A knapsack, solved
-  by dynamic programming over a finely divided budget, then the best single steps into what the division left over.
+* `allocate`: choose (bits, group size) of every matrix at once so that the summed relative error ||W - Q||^2 / ||W||^2,
+  weighted by the number of weights, is least under a budget of average stored bits. (Letting every matrix count alike
+  moves bits from the large MLP matrices to the small attention ones, and measured worse.) A knapsack, then the best
+  single steps into what the budget leaves.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def ladder(matrices: Sequence[Tensor], options: FineQuantOptions) -> int | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store one unit: its scheme, bits stored in all, and summed relative error."""
+    """One way to store one unit: its scheme, bits stored in all, and relative error times weights."""
 
     scheme: WeightScheme
     bits: float
@@ -114,10 +114,10 @@ def choices(matrices: Sequence[Tensor], symmetric: bool, options: FineQuantOptio
         for g in common_group_sizes(matrices, options):
             scheme = WeightScheme(bits, g, symmetric)
             error = 0.0
-            for W in samples:
+            for full, W in zip(matrices, samples, strict=True):
                 grid = choose_grid(W, scheme)
                 Q = quantized(encode(W, grid), grid, torch.bfloat16).dequantize()
-                error += float((Q - W).square().sum() / W.square().sum().clamp_min(1e-30))
+                error += full.numel() * float((Q - W).square().sum() / W.square().sum().clamp_min(1e-30))
             stored = sum(scheme.bits_per_weight(W.shape[1]) * W.numel() for W in matrices)
             found.append(Choice(scheme, stored, error))
     return found

@@ -80,12 +80,14 @@ class GPTQOptions:
 @dataclass(frozen=True)
 class GPTQResult:
     """tensor; loss [N]: tr((T - Q) H (T - Q)^T) per row on the undamped H; energy [N]: the same of T alone, so that
-    loss.sum() / energy.sum() is the relative output error; damp_percent used; fallback: None or the reason for rtn."""
+    loss.sum() / energy.sum() is the relative output error; damp_percent used; dead_columns: inputs that were always
+    zero, whose weights are therefore zero now; fallback: None or the reason for rtn."""
 
     tensor: QuantizedTensor
     loss: Tensor
     energy: Tensor
     damp_percent: float
+    dead_columns: int = 0
     fallback: str | None = None
 
 
@@ -108,7 +110,7 @@ def gptq(
     factor = factorize(H, perm, options.damp_percent, options.shrinkage)
     if factor is None:
         tensor = rtn(W, scheme, search=options.search, scale_dtype=scale_dtype)
-        return _result(tensor, W, H, DAMP_CEILING, "rtn: the Hessian has no factor with damping up to 1")
+        return _result(tensor, W, H, DAMP_CEILING, fallback="rtn: the Hessian has no factor with damping up to 1")
     T = W
     if correction is not None and options.target_strength > 0:
         T = T + options.target_strength * _times_inverse(correction, factor)
@@ -124,12 +126,14 @@ def gptq(
     for _ in range(rounds):
         D = damped(H, factor.damp_percent, options.shrinkage)
         Q, grid = _polish(Q, T, D, grid, factor.perm, options.passes, scale_dtype)
-    return _result(quantized(encode(Q, grid), grid, scale_dtype), T, H, factor.damp_percent, None)
+    return _result(quantized(encode(Q, grid), grid, scale_dtype), T, H, factor.damp_percent, int(factor.dead.sum()))
 
 
-def _result(tensor: QuantizedTensor, T: Tensor, H: Tensor, damp_percent: float, fallback: str | None) -> GPTQResult:
+def _result(
+    tensor: QuantizedTensor, T: Tensor, H: Tensor, damp_percent: float, dead: int = 0, fallback: str | None = None
+) -> GPTQResult:
     energy = proxy_loss(torch.zeros_like(T), T, H)
-    return GPTQResult(tensor, proxy_loss(tensor.dequantize(), T, H), energy, damp_percent, fallback)
+    return GPTQResult(tensor, proxy_loss(tensor.dequantize(), T, H), energy, damp_percent, dead, fallback)
 
 
 def _times_inverse(D: Tensor, factor: Factor) -> Tensor:

@@ -153,6 +153,11 @@ def block_calls(
             calls.append(Call(tuple(args[1:]), named))
             if index == 0:
                 first.append(hidden)
+            elif hidden is not first[0]:
+                raise StructureError(
+                    f"{type(model).__name__} changes the hidden states between block {index - 1} and block {index}; "
+                    "such models cannot be calibrated"
+                )
             if index == len(blocks) - 1:
                 raise _Captured
             return wrap(hidden)
@@ -179,13 +184,34 @@ def block_calls(
     return first[0], calls
 
 
+def sharing(calls: list[Call], first: list[Call]) -> list[Call]:
+    """`calls` with every tensor that equals the one at the same place in `first` replaced by that one: masks and
+    rotary tables are the same for all micro-batches of one shape, and would be held once for each."""
+
+    def same(mine: Any, other: Any) -> Any:
+        if isinstance(mine, Tensor):
+            alike = isinstance(other, Tensor) and mine.shape == other.shape and mine.dtype == other.dtype
+            return other if alike and torch.equal(mine, other) else mine
+        if type(mine) is not type(other):
+            return mine
+        if type(mine) in (tuple, list) and len(mine) == len(other):
+            return type(mine)(same(m, o) for m, o in zip(mine, other, strict=True))
+        if type(mine) is dict:
+            return {key: same(value, other.get(key)) for key, value in mine.items()}
+        return mine
+
+    return [Call(same(c.args, f.args), same(dict(c.kwargs), dict(f.kwargs))) for c, f in zip(calls, first, strict=True)]
+
+
 @dataclass(frozen=True)
 class Group:
     """Linears that read the same tensor, in call order; `writes`: the first one's output is added to the block's
-    residual stream as it is (so an error already in that stream can be made good there)."""
+    residual stream as it is (so an error already in that stream can be made good there); values: of that tensor, per
+    token of the block (experts see some of the tokens only)."""
 
     names: tuple[str, ...]
     writes: bool
+    values: float = 0.0
 
 
 # Size of the probing vector relative to the mean activation: what a norm lets through beside it must not matter.
@@ -243,7 +269,7 @@ def trace(
                 moved = first_tensor(block(hidden, *call.args, **call.kwargs)).float() - plain.float()
                 wanted = probe.pop(members[0]).float()
                 writes = bool((moved - wanted).norm() < 0.1 * wanted.norm())
-            groups.append(Group(tuple(members), writes))
+            groups.append(Group(tuple(members), writes, seen[members[0]].numel() * plain.shape[-1] / plain.numel()))
         return groups
     finally:
         for handle in handles:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import psutil
 import torch
-from torch import nn
 
 from bitwright.calibrate.capture import Group
 from bitwright.calibrate.stream import Streams, waiting_bytes
@@ -40,7 +39,7 @@ def parse_bytes(text: str) -> int:
 
 def fits_one_pass(
     groups: Sequence[Group],
-    block: nn.Module,
+    routed: Collection[str],
     tokens: int,
     streams: Streams,
     max_memory: str | None,
@@ -48,7 +47,7 @@ def fits_one_pass(
 ) -> bool:
     """Whether the waiting activations of a one-pass block stay inside the memory allowed."""
     count = 1 if streams.reference is None else 2
-    need = waiting_bytes(groups, block, tokens, streams.quantized[0].shape[-1], count)
+    need = waiting_bytes(groups, routed, tokens, streams.quantized[0].shape[-1], count)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return need <= _SHARE * free

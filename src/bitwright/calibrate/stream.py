@@ -162,14 +162,19 @@ def run_block(
     one_pass: bool,
     true_sequential: bool = True,
     routed: Collection[str] = (),
+    writers: Collection[str] | None = None,
 ) -> None:
     """Take `streams` through one block (in place: the lists then hold the block's outputs).
 
     calls: one per micro-batch. groups: in call order, as `trace` gives them. solve replaces the weights of a group's
     linears in `block`. true_sequential False: all groups are gathered before any is solved. routed: linears that see
     a subset of the tokens, which the two streams may choose differently, so that no correction can be formed.
+    writers: every linear that writes to the residual stream, those solved elsewhere included (None: the writers among
+    groups).
     """
-    run = _Run(streams, calls, tuple(g.names[0] for g in groups), tuple(g.names[0] for g in groups if g.writes))
+    if writers is None:
+        writers = [g.names[0] for g in groups if g.writes]
+    run = _Run(streams, calls, tuple(g.names[0] for g in groups), tuple(writers))
     originals = reference if reference is not None else block
     indices = range(len(streams.quantized))
 
@@ -255,7 +260,9 @@ def _finish(pair: _Pair, streams: Streams, i: int) -> None:
         streams.reference[i] = pair.reference.output
 
 
-def waiting_bytes(groups: Sequence[Group], block: nn.Module, tokens: int, hidden: int, streams: int) -> int:
-    """Bytes of one_pass at its widest stop: every stream's group input and about four hidden states, fp32."""
-    widest = max((block.get_submodule(g.names[0]).weight.shape[1] for g in groups), default=0)
-    return 4 * tokens * streams * (widest + 4 * hidden)
+def waiting_bytes(groups: Sequence[Group], routed: Collection[str], tokens: int, hidden: int, streams: int) -> int:
+    """Bytes of one_pass at its widest stop: each stream's group input (of experts, all of them at once: none is let go
+    before the last has run) and about four hidden states, fp32."""
+    widest = max((g.values for g in groups), default=0.0)
+    experts = sum(g.values for g in groups if g.names[0] in routed)
+    return int(4 * tokens * streams * (max(widest, experts) + 4 * hidden))

@@ -26,6 +26,7 @@ def evaluate(
     task_limit: Annotated[int | None, typer.Option(help="Examples of each task.", show_default="all")] = None,
     device: options.Device = "auto",
     dtype: options.EvaluationDtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -54,6 +55,7 @@ def evaluate(
                 task_limit=task_limit,
                 device=device,
                 dtype=dtype,
+                trust_remote_code=trust_remote_code,
                 progress=progress,
             )
         if json:

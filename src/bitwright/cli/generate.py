@@ -20,6 +20,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     device: options.Device = "auto",
     dtype: options.GenerationDtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -38,11 +39,11 @@ def generate(
         from bitwright.models.source import resolve
 
         where, kind = choose_device(device), choose_dtype(dtype)
-        folder = resolve(model)
-        tokenizer = load_tokenizer(folder)
+        folder = resolve(model, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         with output.shown_progress() as progress:
             progress("load", 0, 1, model)
-            loaded = bitwright.load(folder, dtype=kind, device=where)
+            loaded = bitwright.load(folder, dtype=kind, device=where, trust_remote_code=trust_remote_code)
             progress("load", 1, 1, model)
         result = bitwright.generate(
             loaded,

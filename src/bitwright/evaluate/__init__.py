@@ -30,6 +30,7 @@ def evaluate(
     task_limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: Callable[[str, int, int, str], None] | None = None,
 ) -> Report:
     """Perplexity of a model on a text, its divergence from a reference on the same windows, and lm-eval tasks.
@@ -43,6 +44,7 @@ def evaluate(
     tasks: names of lm-eval tasks, or paths of its .yaml files; task_limit: examples of each.
     device: "auto" takes a CUDA device if there is one. dtype: "auto" is float32 on a CPU (bf16 products are emulated on
         many) and the checkpoint's own elsewhere; or the name of a torch dtype. Both concern models given by name.
+    trust_remote_code: run Python code that comes with a model given by name, the reference included.
     progress: called as progress(stage, done, total, detail).
 
     Memory: the model(s), the activations of one window, and the logits of 256 tokens. Raises the errors of
@@ -61,6 +63,7 @@ def evaluate(
         task_limit=task_limit,
         device=device,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         progress=progress,
     )
 

@@ -35,7 +35,7 @@ def choose_dtype(dtype: str) -> torch.dtype | None:
     return chosen
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
     """The causal LM of a plain or quantized folder, packed, in evaluation mode, for measuring quality.
 
     dtype None: float32 on a CPU, so that what is measured is the weights and not the arithmetic (and because many CPUs
@@ -45,16 +45,16 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) ->
 
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    return load(folder, dtype=dtype, device=str(device), packed=True).eval()
+    return load(folder, dtype=dtype, device=str(device), packed=True, trust_remote_code=trust_remote_code).eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder; CheckpointError if there is none that transformers can read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers and transformers raise many unrelated kinds for missing and damaged files
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -33,6 +33,7 @@ def evaluate(
     task_limit: int | None,
     device: str,
     dtype: str,
+    trust_remote_code: bool,
     progress: Progress | None,
 ) -> Report:
     """See `bitwright.evaluate.evaluate`. The text is read and cut before any model is loaded."""
@@ -43,18 +44,18 @@ def evaluate(
         raise CalibrationError("a reference is compared on the windows of a text: give a text")
     where, kind = choose_device(device), choose_dtype(dtype)
     report = progress or _ignore
-    model_at, reference_at = _resolve(model), _resolve(reference)
+    model_at, reference_at = (_resolve(m, trust_remote_code) for m in (model, reference))
     if tokenizer is None:
         if not isinstance(model_at, Path):
             raise CalibrationError(
                 "a model given as an object needs its tokenizer: evaluate(model, text, tokenizer=...)"
             )
-        tokenizer = load_tokenizer(model_at)
+        tokenizer = load_tokenizer(model_at, trust_remote_code)
     windows = None
     if text is not None:
         text = text if isinstance(text, Text) else read_text(text)
         windows = evaluation_windows(tokenizer, text, seq_len, num_windows)
-    loaded, expected = (_load(m, where, kind, report) for m in (model_at, reference_at))
+    loaded, expected = (_load(m, where, kind, trust_remote_code, report) for m in (model_at, reference_at))
     fields: dict[str, Any] = {}
     if text is not None and windows is not None:
         for m in (loaded, expected):
@@ -156,20 +157,22 @@ def _check_fits(model: Any, windows: Windows) -> None:
         )
 
 
-def _resolve(model: Any) -> Any:
+def _resolve(model: Any, trust_remote_code: bool) -> Any:
     """The folder of a model given by name; an object, or None, as it is."""
     if not isinstance(model, str | Path):
         return model
     from bitwright.models.source import resolve
 
-    return resolve(str(model))
+    return resolve(str(model), trust_remote_code)
 
 
-def _load(model: Any, device: torch.device, dtype: torch.dtype | None, progress: Progress) -> Any:
+def _load(
+    model: Any, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool, progress: Progress
+) -> Any:
     if not isinstance(model, Path):
         return model
     progress("load", 0, 1, str(model))
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code)
     progress("load", 1, 1, str(model))
     return loaded
 

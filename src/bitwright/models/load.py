@@ -167,7 +167,9 @@ class SourceModel:
         """Sorted names of the tensors on disk to copy unchanged when the modules `quantized` (module paths as in
         `Linear.name`, or the embedding or head) write their weights themselves.
 
-        Biases stay among them. StructureError if a tensor on disk serves a quantized and an unquantized module both.
+        Biases stay among them. What a quantized module is tied to does not: it is no longer the same matrix, or is
+        stored only once, so whoever quantizes one half writes the other. StructureError if a tensor on disk serves a
+        quantized and an unquantized module both.
         """
         chosen = set(quantized)
         replaced: set[str] = set()
@@ -178,14 +180,15 @@ class SourceModel:
                 continue
             if key not in self.weights.groups and key not in self._aliases:
                 raise StructureError(f"{name!r} is not a module with a weight of this model")
-            group = self.weights.groups.get(key)
-            for target in group.targets if group else ():
-                if target.removesuffix(".weight") not in chosen:
-                    raise StructureError(
-                        f"{group.names[0]} on disk holds both {name} and {target.removesuffix('.weight')}; "
-                        "quantize both or neither"
-                    )
-            replaced.update(group.names if group else ())
+            tied = (key, *self._aliases.get(key, ()))
+            for group in (self.weights.groups[k] for k in tied if k in self.weights.groups):
+                for target in group.targets:
+                    if target not in tied and target.removesuffix(".weight") not in chosen:
+                        raise StructureError(
+                            f"{group.names[0]} on disk holds both {name} and {target.removesuffix('.weight')}; "
+                            "quantize both or neither"
+                        )
+                replaced.update(group.names)
         return [name for name in self.checkpoint.names if name not in replaced]
 
     def describe(self) -> dict[str, Any]:
