@@ -1,7 +1,7 @@
 """The story of one run: plan, calibrate block by block while the weights are replaced, write, leave evidence.
 
-`quantize` is the whole of it. Memory: one block (two copies when a full-precision stream runs beside the quantized
-one), the calibration activations between two blocks, and small change. Everything that takes long is kept block by
+`quantize` is the whole of it. Memory: one block with its quantized weights beside the
+original ones, the calibration activations between two blocks, and small change. Everything that takes long is kept block by
 block in OUT.partial and picked up again by the next call with the same arguments.
 """
 
