@@ -1,8 +1,8 @@
 """The story of one run: plan, calibrate block by block while the weights are replaced, write, leave evidence.
 
-`quantize` is the whole of it. Memory: one block with its quantized weights beside the
-original ones, the calibration activations between two blocks, and small change. Everything that takes long is kept block by
-block in OUT.partial and picked up again by the next call with the same arguments.
+`quantize` is the whole of it. Memory: one block with its quantized weights beside the original ones, the calibration
+activations between two blocks, and small change. Everything that takes long is kept block by block in OUT.partial and
+picked up again by the next call with the same arguments.
 """
 
 from __future__ import annotations

