@@ -290,3 +290,13 @@ def test_options() -> None:
     hash(got)  # lists became tuples
     with pytest.raises(SchemeError, match=r"'beta'; known: alpha, bits, budget, groups, ragged"):
         FineQuantOptions.parse({"beta": 1})
+
+
+def test_zero_points_are_one_more_choice_and_are_paid_for() -> None:
+    W = spiky(24, 96, 0.02, 6, 3)
+    plain = choices([W], True, FineQuantOptions(bits=(4,), groups=(32,)))
+    more = choices([W], True, FineQuantOptions(bits=(4,), groups=(32,), zero_points=True))
+    assert more[: len(plain)] == plain
+    extra = more[len(plain) :]
+    assert [c.scheme.symmetric for c in extra] == [False] * len(plain)
+    assert [c.bits - p.bits for c, p in zip(extra, plain, strict=True)] == [24 * 4, 24 * 3 * 4]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import product
 from math import ceil, inf, log2
 from typing import Any
 
@@ -38,13 +39,15 @@ _SAMPLED_ROWS = 32
 class FineQuantOptions:
     """alpha: what a scale bit per weight must earn in bits of range (ladder). budget: average stored bits per weight
     over all matrices of the rule (None: use the ladder). bits: widths the budget may choose from. groups: group sizes
-    considered besides the whole row. ragged: also those that do not divide K (native format only)."""
+    considered besides the whole row. ragged: also those that do not divide K (native format only). zero_points: the
+    budget may also give a matrix asymmetric grids, whose zero points are counted."""
 
     alpha: float = 1.0
     budget: float | None = None
     bits: tuple[int, ...] = (4, 8)
     groups: tuple[int, ...] = field(default=LADDER)
     ragged: bool = False
+    zero_points: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> FineQuantOptions:
@@ -110,9 +113,10 @@ def choices(matrices: Sequence[Tensor], symmetric: bool, options: FineQuantOptio
     on evenly spaced rows."""
     found = []
     samples = [W[:: max(1, W.shape[0] // _SAMPLED_ROWS)].float() for W in matrices]
-    for bits in options.bits:
+    kinds = (True, False) if options.zero_points else (symmetric,)
+    for bits, kind in product(options.bits, kinds):
         for g in common_group_sizes(matrices, options):
-            scheme = WeightScheme(bits, g, symmetric)
+            scheme = WeightScheme(bits, g, kind)
             error = 0.0
             for full, W in zip(matrices, samples, strict=True):
                 grid = choose_grid(W, scheme)
