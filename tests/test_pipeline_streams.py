@@ -107,3 +107,24 @@ def test_not_sequential(tiny_folder: Callable[..., Path], tmp_path: Path) -> Non
     same = {name.rpartition(".")[2]: layers[True][name] == layers[False][name] for name in first}
     assert same["q_proj"] and same["k_proj"] and same["v_proj"]
     assert not same["o_proj"] and not same["down_proj"]
+
+
+def test_the_memory_plan_sees_the_widths(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides between one pass and several counts each group's own input, the widest being down_proj's."""
+    seen: dict[str, float] = {}
+    fits = pipeline.fits_one_pass
+
+    def spy(groups: Any, *rest: Any) -> bool:
+        seen.update({group.names[0]: group.values for group in groups})
+        return fits(groups, *rest)
+
+    monkeypatch.setattr(pipeline, "fits_one_pass", spy)
+    source = tiny_folder("llama", torch.bfloat16)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    pipeline.quantize(source, tmp_path / "out", scheme="w4a16-g32", calibration=str(text), num_samples=4, seq_len=32)
+    config = open_model(source).config
+    assert seen["self_attn.q_proj"] == config.hidden_size
+    assert seen["mlp.down_proj"] == config.intermediate_size

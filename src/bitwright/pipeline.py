@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -351,7 +351,7 @@ def _calibrated_groups(groups: Sequence[Group], block: Block, plan: Plan) -> lis
     for group in groups:
         names = tuple(n for n in group.names if _algorithm(f"{block.name}.{n}", plan) == "gptq")
         if names:
-            out.append(Group(names, group.writes))
+            out.append(replace(group, names=names))
     return out
 
 
