@@ -118,7 +118,9 @@ def packed(text: str = "w4a16-g32", N: int = 8, K: int = 64) -> dict[str, torch.
         ({"weight_packed": torch.zeros(8, 8, dtype=torch.int64)}, r"weight_packed is torch\.int64"),
         ({"weight_scale": torch.zeros(8, 1, dtype=torch.float16)}, r"blk\.up\.weight_scale.*\(8, 2\)"),
         ({"weight_shape": torch.tensor([8, -64])}, r"blk\.up\.weight_shape.*positive"),
-        ({"weight_g_idx": torch.arange(64).flip(0) // 32}, r"blk\.up\.weight_g_idx.*static groups"),
+        ({"weight_g_idx": torch.arange(64) // 16}, r"blk\.up\.weight_g_idx.*groups of 32 inputs, numbered 0 \.\. 1"),
+        ({"weight_g_idx": torch.arange(65) // 32}, r"blk\.up\.weight_g_idx.*\(65,\).*for 64 inputs"),
+        ({"weight_g_idx": torch.zeros(64)}, r"blk\.up\.weight_g_idx is torch\.float32"),
         ({"weight_shape": None}, r"blk\.up\.weight_shape is missing"),
         ({"weight_packed": None}, r"blk\.up\.weight_packed is missing"),
         ({"weight_packed": None, "weight": torch.zeros(8, 64)}, r"blk\.up\.weight is torch\.float32.*ignore"),
@@ -135,9 +137,13 @@ def test_missing_zero_points_are_named() -> None:
         ct.unpack(packed(), Scheme.parse("w4a16-g32-asym"))
 
 
-def test_trivial_g_idx_is_accepted() -> None:
-    tensors = packed() | {"weight_g_idx": torch.arange(64, dtype=torch.int32) // 32}
-    assert ct.unpack(tensors, Scheme.parse("w4a16-g32")).shape == (8, 64)
+@pytest.mark.parametrize(
+    "g_idx", [torch.arange(64, dtype=torch.int32) // 32, torch.full((64,), -1)], ids=["0, 1", "-1"]
+)
+def test_trivial_g_idx_is_no_order(g_idx: torch.Tensor) -> None:
+    """-1 everywhere is what compressed-tensors leaves where it permuted nothing."""
+    qt = ct.unpack(packed() | {"weight_g_idx": g_idx}, Scheme.parse("w4a16-g32"))
+    assert qt.shape == (8, 64) and qt.order is None
 
 
 def test_pack_refuses_what_readers_would_get_wrong() -> None:
@@ -342,7 +348,6 @@ def test_exact_names_win_over_patterns_and_patterns_over_classes() -> None:
         ("format", "nvfp4-pack-quantized", "nvfp4"),
         ("weights.type", "float", r"group_0.*'float'"),
         ("weights.num_bits", 5, r"group_0.*5"),
-        ("weights.actorder", "group", "g_idx"),
         ("weights.strategy", "block", "'block'"),
         ("weights.strategy", "channel", "'channel' with group_size 32"),
         ("input_activations", {"num_bits": 8, "strategy": "tensor"}, "per token"),

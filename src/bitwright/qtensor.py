@@ -23,12 +23,19 @@ class QuantizedTensor:
     scale: floating [N, G], G = ceil(K / group_size); may be negative (a symmetric grid has one level more on one
         side, and the sign of the scale chooses which). Held in the 16-bit dtype it is stored in.
     zero_point: int8 [N, G] in the range of codes, or None for a symmetric grid.
+    order: int64 [K], a permutation, or None. With it column j of codes belongs to input order[j], and groups are made
+        of neighbours in codes::
+
+            w[n, order[j]] = (codes[n, j] - zero_point[n, i]) * scale[n, i],  i = j // group_size
+
+        Checkpoints quantized elsewhere in activation order have one (`g_idx` on disk); bitwright makes none.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: WeightScheme
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         N, K = self.codes.shape
@@ -48,6 +55,12 @@ class QuantizedTensor:
                 f"zero_point must be int8 {grid}, not {self.zero_point.dtype} {tuple(self.zero_point.shape)}"
             )
 
+        if self.order is not None and not _is_permutation(self.order, K):
+            raise FormatError(
+                f"order must be a permutation of 0 .. {K - 1}, int64 [{K}]; "
+                f"it is {self.order.dtype} {tuple(self.order.shape)}, or repeats an entry"
+            )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
@@ -65,7 +78,14 @@ class QuantizedTensor:
         values = self.codes.to(torch.float32)
         if self.zero_point is not None:
             values = values - spread(self.zero_point.to(torch.float32), g, K)
-        return (values * spread(self.scale.to(torch.float32), g, K)).to(dtype)
+        weight = (values * spread(self.scale.to(torch.float32), g, K)).to(dtype)
+        return weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order, weight)
+
+
+def _is_permutation(order: Tensor, K: int) -> bool:
+    if order.dtype != torch.int64 or tuple(order.shape) != (K,):
+        return False
+    return torch.equal(order.sort().values, torch.arange(K, device=order.device))
 
 
 def spread(per_group: Tensor, group_size: int, K: int) -> Tensor:

@@ -13,13 +13,15 @@ rules below were found by loading with transformers 5.23 + compressed-tensors 0.
 * A quantized embedding fails to load in transformers, as does a quantized lm_head tied to one.
 
 Reading accepts other writers' checkpoints: 3-bit words padded to ten values (before 0.18), unpacked int8 weights,
-per-tensor scales. What would be computed wrongly (rotations, g_idx, quantized KV caches, static activation scales)
-is refused.
+per-tensor scales, groups in activation order (`weight_g_idx`, written before 0.20; columns are sorted by group and the
+tensor keeps their `order`). What would be computed wrongly (rotations, quantized KV caches, static activation scales)
+is refused. Activation order is read, not written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ READ_FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, "naive-quantized", MIXED)
 LINEAR = "Linear"
 EMBEDDING = "Embedding"
 _INT8_WEIGHT = "weight"
+_GROUP_INDEX = "weight_g_idx"
 _PADDED_PER_WORD = 10  # 3-bit values in a word before 0.18
 
 
@@ -89,7 +92,8 @@ def objections(
 def pack(qt: QuantizedTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]:
     """Local tensors of one linear: `dense` keys, or int8 ``weight`` and ``weight_scale`` for 8-bit activations.
 
-    `layer` only names it in errors. Raises FormatError for a ragged last group or a scale that is not 16-bit.
+    `layer` only names it in errors. Raises FormatError for a ragged last group, a scale that is not 16-bit, or columns
+    in activation order.
     """
     if qt.scheme != scheme.weight:
         raise FormatError(f"{layer or 'weight'}: quantized at {Scheme(qt.scheme)}, but the config would say {scheme}")
@@ -98,6 +102,7 @@ def pack(qt: QuantizedTensor, scheme: Scheme, layer: str = "") -> dict[str, Tens
         raise FormatError(f"{layer or 'weight'}: {reason}")
     if scheme.activation_bits == 8:
         dense.check_scale(qt.scale, layer)
+        dense.refuse_order(qt, layer)
         return {_INT8_WEIGHT: qt.codes.contiguous(), dense.SCALE: qt.scale.contiguous()}
     return dense.pack(qt, layer)
 
@@ -112,7 +117,6 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> Qu
     if dense.PACKED not in tensors:
         return _unpack_int8(tensors, weight, layer)
     N, K = dense.stored_shape(tensors, layer)
-    _refuse_permuted(tensors, weight, K, layer)
     whole = dict(tensors)
     if dense.SCALE in whole:
         whole[dense.SCALE] = _per_row(whole[dense.SCALE], N, weight.num_groups(K))
@@ -120,7 +124,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> Qu
         whole[dense.PACKED] = _without_padding(whole[dense.PACKED], K)
         if dense.ZERO_POINT in whole:
             whole[dense.ZERO_POINT] = _without_padding(whole[dense.ZERO_POINT].t(), N).t()
-    return dense.unpack(whole, weight, layer)
+    return _by_group(dense.unpack(whole, weight, layer), tensors, layer)
 
 
 def write_config(schemes: Mapping[str, Scheme], ignore: Sequence[str], classes: Mapping[str, str]) -> dict[str, Any]:
@@ -253,8 +257,6 @@ def _read_group(key: str, group: Any, default_format: str | None) -> Scheme:
     w = group["weights"]
     if w.get("type", "int") != "int" or w.get("dynamic", False):
         raise FormatError(f"{where}: weights of type {w.get('type')!r}, dynamic {w.get('dynamic')!r} are not read")
-    if w.get("actorder") in (True, "group", "dynamic"):
-        raise FormatError(f"{where}: actorder {w['actorder']!r} permutes groups (g_idx), which is not read")
     g = w.get("group_size")
     group_size = None if g in (None, -1) else int(g)
     strategy = w.get("strategy") or ("group" if group_size else "channel")
@@ -294,7 +296,6 @@ def _unpack_int8(tensors: Mapping[str, Tensor], weight: WeightScheme, layer: str
             f"needs int8 [N, K]; put the module into ignore if it is not quantized"
         )
     N, K = codes.shape
-    _refuse_permuted(tensors, weight, K, layer)
     groups = weight.num_groups(K)
     scale = _per_row(dense.take(tensors, dense.SCALE, layer), N, groups)
     dense.expect(scale, dense.SCALE, (N, groups), None, layer)
@@ -302,7 +303,7 @@ def _unpack_int8(tensors: Mapping[str, Tensor], weight: WeightScheme, layer: str
     if not weight.symmetric:
         zero_point = _per_row(dense.take(tensors, dense.ZERO_POINT, layer), N, groups)
         dense.expect(zero_point, dense.ZERO_POINT, (N, groups), torch.int8, layer)
-    return QuantizedTensor(codes, scale, zero_point, weight)
+    return _by_group(QuantizedTensor(codes, scale, zero_point, weight), tensors, layer)
 
 
 def _per_row(values: Tensor, N: int, groups: int) -> Tensor:
@@ -312,13 +313,32 @@ def _per_row(values: Tensor, N: int, groups: int) -> Tensor:
     return values
 
 
-def _refuse_permuted(tensors: Mapping[str, Tensor], weight: WeightScheme, K: int, layer: str) -> None:
-    g_idx = tensors.get("weight_g_idx")
-    if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(K) // (weight.group_size or K)):
+def _by_group(qt: QuantizedTensor, tensors: Mapping[str, Tensor], layer: str) -> QuantizedTensor:
+    """`qt`, its columns as stored, with columns sorted by the group that ``weight_g_idx`` gives each, if there is one.
+
+    Stored columns lie in the order of the inputs, whatever group they are in. All entries -1 is how the format says
+    that the groups are neighbours after all. Raises FormatError where the groups are not of `group_size` columns each.
+    """
+    g_idx = tensors.get(_GROUP_INDEX)
+    if g_idx is None:
+        return qt
+    K = qt.shape[1]
+    name, group_size = dense.full(layer, _GROUP_INDEX), qt.scheme.group_size or K
+    if tuple(g_idx.shape) != (K,) or g_idx.dtype.is_floating_point:
+        raise FormatError(f"{name} is {g_idx.dtype} {tuple(g_idx.shape)}; it must hold one group number for {K} inputs")
+    group = g_idx.long()
+    if bool((group == -1).all()):
+        return qt
+    order = group.argsort(stable=True)
+    whole = torch.arange(K, device=group.device) // group_size
+    if not torch.equal(group[order], whole):
         raise FormatError(
-            f"{dense.full(layer, 'weight_g_idx')} permutes the groups (dynamic act-order), which is not read; "
-            "quantize again with static groups"
+            f"{name} does not give groups of {group_size} inputs, numbered 0 .. {int(whole[-1])}, as the config says; "
+            "the config or the file is damaged"
         )
+    if torch.equal(group, whole):
+        return qt
+    return replace(qt, codes=qt.codes[:, order], order=order)
 
 
 def _without_padding(words: Tensor, C: int) -> Tensor:

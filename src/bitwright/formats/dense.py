@@ -32,10 +32,12 @@ SHAPE = "weight_shape"
 def pack(qt: QuantizedTensor, layer: str = "") -> dict[str, Tensor]:
     """The local tensors of `qt`. `layer` only names it in errors.
 
-    Raises FormatError for a scale that is not 16-bit or codes off the grid, NumericsError for a NaN or Inf scale.
+    Raises FormatError for a scale that is not 16-bit, columns in activation order or codes off the grid, NumericsError
+    for a NaN or Inf scale.
     """
     bits = qt.scheme.bits
     check_scale(qt.scale, layer)
+    refuse_order(qt, layer)
     tensors = {
         PACKED: pack_rows(_unsigned(qt.codes, bits), bits),
         SCALE: qt.scale.contiguous(),
@@ -103,6 +105,15 @@ def check_scale(scale: Tensor, layer: str) -> None:
         raise NumericsError(
             f"{full(layer, SCALE)} holds NaN or Inf as {scale.dtype}; the weights are not finite, or exceed the range "
             "of float16: use torch.bfloat16 scales"
+        )
+
+
+def refuse_order(qt: QuantizedTensor, layer: str) -> None:
+    """Formats here have no place for `order`; leaving it out would store another weight."""
+    if qt.order is not None:
+        raise FormatError(
+            f"{layer or 'weight'}: its columns are in activation order (g_idx), which is read but not written; keep "
+            "the original checkpoint, or quantize its dequantized weights again"
         )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from bitwright.kernels.layouts import INT4_ROWS, gather_int4, int4_block, pack_int4, unpack_int4
-from bitwright.kernels.problem import AVX512, NATIVE_BF16, VNNI, PackedWeight, Problem
+from bitwright.kernels.problem import AVX512, NATIVE_BF16, VNNI, Implementation, Problem
 from bitwright.kernels.reference import quantize_activations
 from bitwright.qtensor import QuantizedTensor
 
@@ -36,7 +36,7 @@ _int4_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_mm = torch.ops.aten._weight_int8pack_mm.default
 
 
-class Int4Weight(PackedWeight):
+class Int4Weight(Implementation):
     """Any 2, 3, 4 or 8-bit grid on 4-bit codes in the operator's block order.
 
     codes: uint8 [N'/B, K', B/2]. scale_offset: bf16 [K'/h, N', 2]. rest: bf16 [K/h, N] or None. N' is N padded to 64,
@@ -182,7 +182,7 @@ class Int4Weight(PackedWeight):
         return values.reshape(-1, n)[: self.shape[1]]
 
 
-class Int8Weight(PackedWeight):
+class Int8Weight(Implementation):
     """Symmetric 8 bits, one scale per row: codes int8 [N, K] as they are, scale bf16 [N]."""
 
     NAME = "int8pack"
@@ -240,7 +240,7 @@ class Int8Weight(PackedWeight):
         return self._codes, self._scale
 
 
-class Int8Dynamic(PackedWeight):
+class Int8Dynamic(Implementation):
     """w8a8 on int8 dot products: codes int8 [N, K], scale float32 [1, N]; exact int32 sums."""
 
     NAME = "int8-vnni"

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitwright.kernels.layouts import pack_planes, unpack_planes
-from bitwright.kernels.problem import NATIVE_BF16, PackedWeight, Problem
+from bitwright.kernels.problem import NATIVE_BF16, Implementation, Problem
 from bitwright.kernels.reference import quantize_activations
 from bitwright.qtensor import QuantizedTensor, spread
 
 _CHUNK = 1 << 21  # weights unpacked at a time: 8 MB in float32
+_GPU_CHUNK = 1 << 26  # on a GPU a launch costs more than memory does: 256 MB in float32
 _EXACT_COLUMNS = 1024  # 1024 · 127 · 127 < 2^24: a float32 sum of that many products of int8 codes is exact
 
 
-class DequantizedWeight(PackedWeight):
+class DequantizedWeight(Implementation):
     """Codes in planes [N, ...], scale as given [N, G], zero_point int8 [N, G] or None."""
 
     NAME = "dequantize"
@@ -32,6 +33,7 @@ class DequantizedWeight(PackedWeight):
         self._codes, self._scale, self._zero_point = codes, scale, zero_point
         self._bits, self._group = problem.scheme.weight.bits, problem.scheme.weight.group_size or problem.K
         self._gemm_dtype = _gemm_dtype(problem)
+        self._chunk = _CHUNK if problem.device == "cpu" else _GPU_CHUNK
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
@@ -55,7 +57,7 @@ class DequantizedWeight(PackedWeight):
     def __call__(self, x: Tensor) -> Tensor:
         N, K = self.shape
         x = x.to(self._gemm_dtype)
-        step = max(1, _CHUNK // K)
+        step = max(1, self._chunk // K)
         pieces = [linear(x, self._part(slice(n, n + step), x.dtype)) for n in range(0, N, step)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).to(self.dtype)
 
@@ -85,7 +87,7 @@ class DequantizedWeight(PackedWeight):
         return values.to(dtype)
 
 
-class Int8Exact(PackedWeight):
+class Int8Exact(Implementation):
     """w8a8 anywhere: codes int8 [N, K], scale float32 [1, N]; integer sums by float32 GEMMs over 1024 inputs each,
     where they are exact, added up in float32 while that is exact and in float64 beyond."""
 

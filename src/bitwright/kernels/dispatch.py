@@ -6,25 +6,35 @@ chosen. `explain` gives every entry its reason, the chosen one and the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bitwright.errors import SchemeError
 from bitwright.kernels.cpu import Int4Weight, Int8Dynamic, Int8Weight
+from bitwright.kernels.cuda import GluonWeight, TritonWeight
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
-from bitwright.kernels.problem import PackedWeight, Problem
+from bitwright.kernels.permuted import Permuted
+from bitwright.kernels.problem import Implementation, PackedWeight, Problem
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 
-IMPLEMENTATIONS: tuple[type[PackedWeight], ...] = (Int8Dynamic, Int8Exact, Int8Weight, Int4Weight, DequantizedWeight)
+IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
+    Int8Dynamic,
+    Int8Exact,
+    Int8Weight,
+    Int4Weight,
+    GluonWeight,
+    TritonWeight,
+    DequantizedWeight,
+)
 
 
 @dataclass(frozen=True)
 class Choice:
     """An implementation and why it was chosen (or, in `explain`, refused: usable is False)."""
 
-    implementation: type[PackedWeight]
+    implementation: type[Implementation]
     reason: str
     usable: bool = True
 
@@ -61,11 +71,17 @@ def prepare(
 ) -> tuple[PackedWeight, Choice]:
     """Pack `qt` for activations of `dtype` on `device` with the implementation that suits best.
 
-    features: of the CPU; None = this machine's. Raises SchemeError if `qt` is not on the scheme's grid.
+    features: of the machine; None = this one's. A weight with an `order` is packed as it is stored, behind one
+    permutation of the activations, whatever the implementation. Raises SchemeError if `qt` is not on the scheme's grid,
+    BitwrightError if there is no such device.
     """
     if qt.scheme != scheme.weight:
         raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")
     choice = choose(problem := Problem.of(qt, scheme, dtype, device, features))
     zero_point = None if qt.zero_point is None else qt.zero_point.to(device)
     moved = QuantizedTensor(qt.codes.to(device), qt.scale.to(device), zero_point, qt.scheme)
-    return choice.implementation.prepare(moved, problem), choice
+    packed = choice.implementation.prepare(moved, problem)
+    if qt.order is None:
+        return packed, choice
+    reordered = replace(choice, reason=f"{choice.reason}; activations are put into the order of its columns first")
+    return Permuted(packed, qt.order.to(device)), reordered

@@ -9,17 +9,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from bitwright.errors import BitwrightError
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 
 AVX512 = "avx512"  # 512-bit vectors
 NATIVE_BF16 = "native-bf16"  # bf16 dot products in hardware; otherwise bf16 GEMMs are emulated and slower than fp32
 VNNI = "vnni"  # int8 dot products in hardware
+
+HOPPER = "hopper"  # compute capability 9.0: wgmma and TMA
+TRITON = "triton"  # Triton is installed, and the GPU is one it compiles for
+GLUON = "gluon"  # that Triton's Gluon is one our kernels are written for
+
+GLUON_VERSIONS = ((3, 6),)  # Gluon changes names with every minor release
+_TRITON_CAPABILITY = (8, 0)  # the oldest GPU Triton supports, and the first with bfloat16
 
 
 @dataclass(frozen=True)
@@ -49,39 +59,29 @@ class Problem:
         """The problem of running `qt` at `scheme` on this machine (or on one with `features`)."""
         N, K = qt.shape
         kind = torch.device(device).type
-        return cls(N, K, scheme, dtype, qt.scale.dtype, kind, cpu_features() if features is None else features)
+        if features is None:
+            features = cuda_features(device) if kind == "cuda" else cpu_features()
+        return cls(N, K, scheme, dtype, qt.scale.dtype, kind, features)
 
 
 class PackedWeight(ABC):
-    """A weight [N, K] prepared for one implementation; a subclass is an entry of the table in `dispatch`.
+    """A weight [N, K] prepared for one implementation.
 
     Calling it with x [M, K] in the problem's dtype gives x Wᵀ [M, N] in the same dtype. The weight it stands for is
     `QuantizedTensor.dequantize` in float32 at every M; a path that multiplies in 16 bits rounds it once to those.
     """
 
-    NAME: ClassVar[str]
-
     shape: tuple[int, int]
     dtype: torch.dtype
-
-    @classmethod
-    @abstractmethod
-    def refuse(cls, problem: Problem) -> str | None:
-        """None if this implementation can run the problem, else why not."""
-
-    @classmethod
-    @abstractmethod
-    def describe(cls, problem: Problem) -> str:
-        """What it does for a problem it can run: operator, limits, bits per weight in memory."""
-
-    @classmethod
-    @abstractmethod
-    def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
-        """Pack `qt`, which stays as it is."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N]."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [M, K] -> x Wᵀ + bias [M, N]; bias [N] or None. A kernel that adds the bias itself overrides this."""
+        y = self(x)
+        return y if bias is None else y + bias
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
@@ -107,6 +107,27 @@ class PackedWeight(ABC):
         return self.tensors[0].device
 
 
+class Implementation(PackedWeight):
+    """An entry of the table in `dispatch`: says what it can run, and packs."""
+
+    NAME: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        """None if this implementation can run the problem, else why not."""
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, problem: Problem) -> str:
+        """What it does for a problem it can run: operator, limits, bits per weight in memory."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
+        """Pack `qt`, which stays as it is. Columns are taken as stored: `dispatch.prepare` sees to `qt.order`."""
+
+
 @cache
 def cpu_features() -> frozenset[str]:
     """What this machine's CPU offers, as torch reports it (lower `ATEN_CPU_CAPABILITY` is honoured)."""
@@ -119,6 +140,41 @@ def cpu_features() -> frozenset[str]:
     if torch.cpu._is_vnni_supported() and _int_mm_is_exact():
         found.add(VNNI)
     return frozenset(found)
+
+
+def cuda_features(device: torch.device | str = "cuda") -> frozenset[str]:
+    """What a CUDA device and the installed Triton offer. BitwrightError if torch sees no such device."""
+    index = torch.device(device).index
+    if (index or 0) >= torch.cuda.device_count():
+        raise BitwrightError(
+            f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return _cuda_features(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _cuda_features(index: int) -> frozenset[str]:
+    capability = torch.cuda.get_device_capability(index)
+    # ROCm calls its devices cuda too; our kernels hold PTX.
+    if torch.version.cuda is None or capability < _TRITON_CAPABILITY or find_spec("triton") is None:
+        return frozenset()
+    found = {TRITON}
+    if triton_version() in GLUON_VERSIONS:
+        found.add(GLUON)
+    if capability[0] == 9:
+        found.add(HOPPER)
+    return frozenset(found)
+
+
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the installed Triton, without importing it; None if there is none that states one."""
+    for distribution in ("triton", "pytorch-triton"):  # nightly builds of torch bring the second
+        try:
+            major, minor = version(distribution).split(".")[:2]
+            return int(major), int(minor)
+        except (PackageNotFoundError, ValueError):
+            continue
+    return None
 
 
 def _int_mm_is_exact() -> bool:

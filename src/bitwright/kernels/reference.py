@@ -22,12 +22,14 @@ def linear(x: Tensor, qt: QuantizedTensor, scheme: Scheme, bias: Tensor | None =
 
         y[m, n] = (Σ_k codes_x[m, k] · codes_w[n, k]) · scale_x[m] · scale_w[n]
 
-    with an exact integer sum, rounded once to float32, and the two products in float32, in this order.
+    with an exact integer sum, rounded once to float32, and the two products in float32, in this order. (The sum runs
+    over columns; where the weight has an `order`, so do the activations' codes.)
     """
     if scheme.activation_bits == 16:
         y = x.to(torch.float64) @ qt.dequantize(torch.float64).t()
     else:
         codes, scale = quantize_activations(x)
+        codes = codes if qt.order is None else codes[..., qt.order]
         exact = codes.to(torch.int64) @ qt.codes.to(torch.int64).t()
         y = exact.to(torch.float32) * scale * qt.scale.to(torch.float32).t()
     if bias is not None:

@@ -49,9 +49,7 @@ class QuantLinear(PackedModule):
         flat = x.reshape(-1, self.in_features)
         if flat.dtype is not self._dtype:
             flat = flat.to(self._dtype)
-        y = self.packed(flat if flat.is_contiguous() else flat.contiguous())
-        if self.bias is not None:
-            y = y + self.bias
+        y = self.packed.linear(flat if flat.is_contiguous() else flat.contiguous(), self.bias)
         if y.dtype is not x.dtype:
             y = y.to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
