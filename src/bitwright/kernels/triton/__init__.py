@@ -1,0 +1,7 @@
+"""Portable GPU kernels in Triton: x Wᵀ, the same over stacks of experts, and the weight dense again.
+
+Weights lie in fragment order (`kernels.fragments`). `fragment` turns words into tiles of a weight, on the device;
+`gemm`, `experts` and `dequantize` are one kernel each with its launcher; `config` chooses tiles. They run on any GPU
+that Triton serves, for every bit width, symmetric or not, groups of any multiple of 32 or whole rows, any M, N and K.
+Importing this package imports nothing; its modules import Triton.
+"""

@@ -1,0 +1,170 @@
+"""The Triton kernels without a GPU: run in the interpreter, and compiled for GPUs that are not here.
+
+The interpreter checks indices and arithmetic, with plain operations in place of PTX; `tests/gpu` has the whole matrix.
+The compiler's output tells what a GPU would do: that Hopper's tensor cores take weights from registers, straight from
+the arithmetic that unpacks them, and that nothing spills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from gpu import cases  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from bitwright.errors import SchemeError  # noqa: E402
+from bitwright.kernels.fragments import pack  # noqa: E402
+from bitwright.kernels.triton import dequantize, experts, gemm  # noqa: E402
+from bitwright.kernels.triton.config import Config, config, expert_config, max_tiles  # noqa: E402
+
+BITS = (2, 3, 4, 8)
+ALIGNED = ("x", "words", "plane", "scale", "zero", "out", "partial", "arrived", "bias", "N", "K")
+
+
+@cache
+def interpreted() -> dict[str, str]:
+    """Error, or "", of every check that `triton_interpreter.py` makes."""
+    program = Path(__file__).with_name("triton_interpreter.py")
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["exact", "one-hot", "no tokens", "experts", "dequantize"])
+def test_in_the_interpreter(kind: str) -> None:
+    mine = {name: error for name, error in interpreted().items() if name.startswith(kind)}
+    assert len(mine) >= {"exact": 25, "one-hot": 4, "no tokens": 1, "experts": 8, "dequantize": 6}[kind]
+    assert not any(mine.values()), "\n".join(f"{name}: {error}" for name, error in mine.items() if error)
+
+
+def compiled(
+    kernel: Any, capability: int, tiles: Config, bits: int, group: int, zero: bool = False, dtype: str = "bf16"
+) -> Any:
+    """`kernel` compiled for sm_`capability`; what `linear` would compile for a large aligned weight."""
+    pointers = {"words": "*i32", "plane": "*i32", "scale": f"*{dtype}", "out": f"*{dtype}", "N": "i32", "K": "i32"}
+    optional = {"x": f"*{dtype}", "offsets": "*i32", "M": "i32", "E": "i32"}
+    types = pointers | {n: t for n, t in optional.items() if n in kernel.arg_names}
+    values = {"BITS": bits, "GROUP": group, "BN": tiles.BN, "BM": tiles.BM, "BK": tiles.BK, "ASM": True}
+    values |= {"SPLIT": tiles.split_k > 1, "EVEN": True, "STREAM": True, "EXPERTS": 8, "bias": None}
+    if zero:
+        types["zero"] = f"*{dtype}"
+    if tiles.split_k > 1:
+        types |= {"partial": "*fp32", "arrived": "*i32"}
+    names = kernel.arg_names
+    constants = {n: values.get(n) for n in names if n not in types}
+    source = ASTSource(
+        kernel,
+        {n: types.get(n, "constexpr") for n in names},
+        {(names.index(n),): value for n, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED if n in types},
+    )
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def loop_of(ptx: str) -> str:
+    """The block of PTX that multiplies: from its label to the last wgmma."""
+    first, last = ptx.index("wgmma.mma_async"), ptx.rindex("wgmma.mma_async")
+    return ptx[ptx.rindex("\n$L__BB", 0, first) : last]
+
+
+def spills(ptx: str, arch: str, folder: Path) -> list[int]:
+    """Bytes of spill stores and loads, by Triton's own ptxas."""
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    found = re.findall(r"(\d+) bytes spill", done.stderr + done.stdout)
+    assert found, done.stderr
+    return [int(n) for n in found]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("M", [1, 2048])
+def test_hopper_multiplies_from_registers(bits: int, M: int, tmp_path: Path) -> None:
+    """Few and many tokens, with zero points for half of them."""
+    tiles = config(M, 8192, 8192, bits, (9, 0), 132)
+    ptx = compiled(gemm.linear_kernel, 90, tiles, bits, 128, zero=bits in (3, 8)).asm["ptx"]
+    loop = loop_of(ptx)
+    products = re.findall(r"wgmma\.mma_async\S+ *\{[^}]*\}, *(\{?)", loop)
+    assert len(products) >= tiles.BK // 16 - 1
+    assert all(brace == "{" for brace in products), "left operand in shared memory"
+    assert "st.shared" not in loop and "stmatrix" not in loop and "shfl" not in loop, "weights move between lanes"
+    assert spills(ptx, "sm_90a", tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_hopper_experts(bits: int, tmp_path: Path) -> None:
+    tiles = expert_config(16, 8, 4096, 4096, bits, (9, 0), 132)
+    ptx = compiled(experts.experts_kernel, 90, tiles, bits, 32, zero=bits == 2, dtype="fp16").asm["ptx"]
+    assert "st.shared" not in loop_of(ptx)
+    assert spills(ptx, "sm_90a", tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_ampere(bits: int) -> None:
+    tiles = config(64, 4096, 4096, bits, (8, 0), 108)
+    made = compiled(gemm.linear_kernel, 80, tiles, bits, 64, zero=bits == 4)
+    assert "mma.sync" in made.asm["ptx"]
+    assert made.metadata.shared <= 163 * 1024
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dense_weights_leave_in_whole_lines(bits: int) -> None:
+    tiles = Config(64, 16, 128, 4, 3)
+    ptx = compiled(dequantize.dequantize_kernel, 90, tiles, bits, 128).asm["ptx"]
+    stores = re.findall(r"st\.global\S*", ptx)
+    assert stores and all(".v4.b32" in store for store in stores), stores
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("bits", BITS)
+def test_tiles_fit_and_cover(capability: tuple[int, int], bits: int) -> None:
+    """Every problem: tiles the kernels can take, in memory that the GPU has, and no more parts of K than steps."""
+    limit = {(7, 5): 64, (8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
+    for M in (1, 16, 17, 64, 65, 128, 129, 2048, 100_000):
+        for N, K in ((1, 1), (64, 4096), (4096, 64), (4096, 4096), (57344, 8192), (2048, 49152)):
+            c = config(M, N, K, bits, capability, 132)
+            assert c.BN % (16 * c.warps) == 0 and c.BK % 64 == 0
+            assert c.stages >= 2 and c.stages * (c.BM * c.BK * 2 + c.BN * c.BK * bits // 8) <= limit
+            assert c.BM >= M or c.BM >= 128
+            assert 1 <= c.split_k <= max(1, -(-K // c.BK) // 2)
+    assert config(1, 4096, 4096, bits, (9, 0), 132).split_k > 1 == config(4096, 8192, 8192, bits, (9, 0), 132).split_k
+
+
+@pytest.mark.parametrize("counts", [(0,), (1, 0, 5), (16, 16), (17, 1, 0, 40), (1,) * 12, (0, 0, 3)])
+def test_slots_suffice(counts: tuple[int, ...]) -> None:
+    for BM in (1, 16, 64):
+        assert sum(-(-c // BM) for c in counts) <= max_tiles(sum(counts), len(counts), BM)
+
+
+def test_refusals_say_why() -> None:
+    import torch
+
+    f = pack(cases.weight(cases.Case(4, 64, K=128)), torch.bfloat16)
+    x = torch.zeros(2, 128, dtype=torch.bfloat16)
+    with pytest.raises(SchemeError, match=r"not torch\.float32"):
+        gemm.linear(x.float(), f)
+    with pytest.raises(SchemeError, match=r"\[2, 64\].*\[M, 128\]"):
+        gemm.linear(x[:, :64], f)
+    with pytest.raises(SchemeError, match=r"scales are torch\.bfloat16"):
+        gemm.linear(x.half(), f)
+    with pytest.raises(SchemeError, match="one weight"):
+        experts.linear(x, torch.zeros(2, dtype=torch.int32), f)
+    with pytest.raises(SchemeError, match=r"not torch\.float32"):
+        dequantize.dequantize(f, torch.float32)
+    with pytest.raises(SchemeError, match="group size 40"):
+        gemm.linear(x, pack(cases.weight(cases.Case(4, 40, K=128)), torch.bfloat16))
