@@ -1,0 +1,164 @@
+"""Words of packed codes -> the register operand of wgmma, in Gluon: extract, center, subtract, scale.
+
+Codes lie in the order in which wgmma wants its left operand in registers (`kernels.fragments`), so a thread turns the
+words it reads into its own part of the operand: no shared memory, no shuffle. A field of a word is merged into the
+mantissa of a 16-bit float by one logic operation, the offset is taken off exactly, and the scale is multiplied with
+one rounding: what `QuantizedTensor.dequantize` gives in that dtype, bit for bit.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def word_layout(bits, plane, row_blocks, column_blocks):
+    """Registers of one warpgroup for [row_blocks, column_blocks * words] int32: a lane holds its own words."""
+    per_block = {4: (128,), 2: (64,), 3: (64, 32), 8: (256,)}[bits][plane]
+    per_lane = 4 if bits in (4, 8) else 2 if plane == 0 else 1
+    bit = per_lane.bit_length() - 1
+    register = [[0, 1 << i] for i in range(bit)]
+    lane = [[0, 1 << (bit + i)] for i in range(5)]
+    if bits == 8:
+        register.append([0, 128])
+    register += [[0, per_block << i] for i in range(column_blocks.bit_length() - 1)]
+    register += [[4 << i, 0] for i in range((row_blocks // 4).bit_length() - 1)]
+    warp = [[1, 0], [2, 0]]
+    return gl.DistributedLinearLayout(register, lane, warp, [], [row_blocks, column_blocks * per_block])
+
+
+@gluon.jit
+def load_rows(buffer, WG: gl.constexpr, BLOCKS: gl.constexpr):
+    """Scales or zero points of warpgroup WG from shared memory, 16-bit [groups, rows of all warpgroups].
+
+    Gives two int32 [groups, BLOCKS, 8, 4]: the value of row g and that of row g + 8 of each block, in both halves of a
+    word, for each of the four lanes that hold the row.
+    """
+    GROUPS: gl.constexpr = buffer.shape[0]
+    LANES: gl.constexpr = gl.BlockedLayout([GROUPS, 1, 2, 1, 1], [1, 1, 1, 8, 4], [1, 4, 1, 1, 1], [4, 3, 2, 1, 0])
+    rows = buffer.reshape([GROUPS, buffer.shape[1] // 16, 2, 8]).slice(WG * BLOCKS, BLOCKS, 1)
+    value = rows.load(gl.SliceLayout(4, LANES))
+    word = value.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    word = word | (word << 16)
+    word = word.expand_dims(4).broadcast_to([GROUPS, BLOCKS, 2, 8, 4])
+    return gl.split(word.permute((0, 1, 3, 4, 2)))
+
+
+@gluon.jit
+def _join4(a, b, c, d):
+    """Four tensors -> two trailing dimensions: [..., i, j] is number i + 2 j."""
+    return gl.join(gl.join(a, b), gl.join(c, d))
+
+
+@gluon.jit
+def _join8(a, b, c, d, e, f, g, h):
+    return gl.join(_join4(a, b, c, d), _join4(e, f, g, h))
+
+
+@gluon.jit
+def _halves(pair):
+    """[2 groups, blocks, 8, 4] -> two [groups, blocks, 8, 4]: those of the first and second half of column blocks."""
+    halves = pair.reshape([pair.shape[0] // 2, 2, pair.shape[1], 8, 4])
+    return gl.split(halves.permute((0, 2, 3, 4, 1)))
+
+
+@gluon.jit
+def _per_word(pair, words, C: gl.constexpr):
+    """int32 [groups, blocks, 8, 4] (see `load_rows`), repeated onto the words that the values belong to."""
+    GROUPS: gl.constexpr = pair.shape[0]
+    BLOCKS: gl.constexpr = words.shape[0]
+    KB: gl.constexpr = C.BK // 64
+    GK: gl.constexpr = min(GROUPS, KB)
+    GW: gl.constexpr = GROUPS // GK  # 2: one scale per half of a block
+    value = pair.permute((1, 0, 2, 3))
+    if C.BITS == 4:
+        value = value.reshape([BLOCKS, GK, 1, GW, 8, 4, 1]).permute((0, 1, 2, 4, 5, 3, 6))
+        value = value.broadcast_to([BLOCKS, GK, KB // GK, 8, 4, 2, 2])
+    elif C.BITS == 2:
+        value = value.reshape([BLOCKS, GK, 1, GW, 8, 4]).permute((0, 1, 2, 4, 5, 3))
+        value = value.broadcast_to([BLOCKS, GK, KB // GK, 8, 4, 2])
+    elif C.BITS == 3:
+        value = value.reshape([BLOCKS, GK, 1, 8, 4]).broadcast_to([BLOCKS, GK, KB // GK, 8, 4])
+    else:
+        value = value.reshape([BLOCKS, GK, 1, GW, 8, 4, 1]).broadcast_to([BLOCKS, GK, KB // GK, 2, 8, 4, 4])
+    return gl.convert_layout(value.reshape(words.shape), words.type.layout, True)
+
+
+@gluon.constexpr_function
+def _types(kind, count):
+    return ((gl.bfloat16 if kind == "bf16" else gl.float16),) * count
+
+
+@gluon.jit
+def operand(words0, words1, scale, zero, C: gl.constexpr, OPERAND: gl.constexpr):
+    """Words of one warpgroup -> the tile [rows, columns] of the weight as left operand of wgmma.
+
+    words0, words1: int32 [row blocks, column blocks * words] (words1 for 3 bits only). scale, zero: as
+    `load_rows` gives them, for equal parts of the columns; zero is used with zero points only. C: a `Config`.
+    """
+    BITS: gl.constexpr = C.BITS
+    ASM: gl.constexpr = C.asm
+    CONS: gl.constexpr = C.constraints
+    REST: gl.constexpr = C.REST
+    KB: gl.constexpr = C.BK // 64
+    TYPES: gl.constexpr = _types(C.KIND, 32 if BITS == 3 else 32 // BITS)
+    s0, s1 = scale
+    z0, z1 = zero
+    if BITS == 3:
+        v0, v1 = gl.split(words0.reshape([4 * REST, KB * 32, 2]))
+        v2 = gl.convert_layout(words1, v0.type.layout, True)
+        if C.GROUPS > KB:
+            a0, b0 = _halves(s0)
+            a1, b1 = _halves(s1)
+            scales = (_per_word(a0, v0, C), _per_word(a1, v0, C), _per_word(b0, v0, C), _per_word(b1, v0, C))
+        else:
+            a0 = _per_word(s0, v0, C)
+            a1 = _per_word(s1, v0, C)
+            scales = (a0, a1, a0, a1)
+        if C.ASYM:
+            if C.GROUPS > KB:
+                a0, b0 = _halves(z0)
+                a1, b1 = _halves(z1)
+                zeros = (_per_word(a0, v0, C), _per_word(a1, v0, C), _per_word(b0, v0, C), _per_word(b1, v0, C))
+            else:
+                a0 = _per_word(z0, v0, C)
+                a1 = _per_word(z1, v0, C)
+                zeros = (a0, a1, a0, a1)
+            words = [v0, v1, v2, scales[0], scales[1], scales[2], scales[3], zeros[0], zeros[1], zeros[2], zeros[3]]
+            o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
+        else:
+            words = [v0, v1, v2, scales[0], scales[1], scales[2], scales[3]]
+            o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
+    else:
+        t0 = _per_word(s0, words0, C)
+        t1 = _per_word(s1, words0, C)
+        if C.ASYM:
+            words = [words0, t0, t1, _per_word(z0, words0, C), _per_word(z1, words0, C)]
+            o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
+        else:
+            o = gl.inline_asm_elementwise(ASM, CONS, [words0, t0, t1], TYPES, True, 1)
+    # Output 2 f + e; joining adds the bits of that number as dimensions, lowest first.
+    if BITS == 4:
+        w = _join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])
+        w = w.reshape([REST, 4, KB, 8, 4, 2, 2, 2, 2, 2]).permute((0, 1, 8, 3, 2, 5, 6, 9, 4, 7))
+    elif BITS == 2:
+        w = gl.join(
+            _join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]),
+            _join8(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]),
+        )
+        w = w.reshape([REST, 4, KB, 8, 4, 2, 2, 2, 2, 2]).permute((0, 1, 7, 3, 2, 5, 9, 8, 4, 6))
+    elif BITS == 3:
+        lower = gl.join(
+            _join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]),
+            _join8(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]),
+        )
+        upper = gl.join(
+            _join8(o[16], o[17], o[18], o[19], o[20], o[21], o[22], o[23]),
+            _join8(o[24], o[25], o[26], o[27], o[28], o[29], o[30], o[31]),
+        )
+        w = gl.join(lower, upper).reshape([REST, 4, KB, 8, 4, 2, 2, 2, 2, 2]).permute((0, 1, 6, 3, 2, 9, 8, 7, 4, 5))
+    else:
+        w = _join4(o[0], o[1], o[2], o[3])
+        w = w.reshape([REST, 4, KB, 2, 8, 4, 2, 2, 2, 2]).permute((0, 1, 9, 4, 2, 3, 6, 7, 5, 8))
+    return gl.convert_layout(w.reshape([64 * REST, 64 * KB]), OPERAND, True)

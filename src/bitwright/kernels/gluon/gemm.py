@@ -1,0 +1,110 @@
+"""Launching the Hopper kernel: descriptors, workspace, division of work."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from bitwright.kernels.fragments import WORDS, Fragments
+from bitwright.kernels.gluon.config import PIECE, Config, Division, choose, choose_experts, divide, divide_experts
+from bitwright.kernels.gluon.kernel import fragment_gemm
+from bitwright.kernels.workspace import zeros
+
+_WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+_SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
+_TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias for x [M, K] bf16 or fp16, M > 0; returns [M, N] in the dtype of x.
+
+    Scales must have that dtype, group_size be 32, a multiple of 64, or K.
+    """
+    f, M, processors = fragments, x.shape[0], _processors(x.device.index)
+    config = choose(M, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None, processors)
+    return launch(x, f, bias, config, divide(M, f.N, f.K, config, processors))
+
+
+def experts(x: Tensor, offsets: Tensor, fragments: Fragments) -> Tensor:
+    """Rows offsets[e] ... offsets[e + 1] - 1 of x [T, K] times weight e of the stack, transposed; returns [T, N].
+
+    offsets: int32 [E + 1] on the device, never read by the host. Rows from offsets[E] on are left unwritten. T > 0.
+    """
+    f, processors = fragments, _processors(x.device.index)
+    assert f.experts is not None, "a stack of experts"
+    config = choose_experts(x.shape[0], f.experts, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None)
+    return launch(x, f, None, config, divide_experts(config, processors), offsets)
+
+
+def launch(
+    x: Tensor, f: Fragments, bias: Tensor | None, config: Config, division: Division, offsets: Tensor | None = None
+) -> Tensor:
+    """One launch at a given configuration."""
+    M, K = x.shape
+    if K % 8:
+        x = pad(x, (0, -K % 8))  # TMA wants rows to begin at multiples of 16 bytes
+    elif x.data_ptr() % 16:
+        x = x.clone()
+    out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
+    flags = zeros(2 * division.partial_size if config.FLAGGED else division.flags, x.device)
+    if config.FLAGGED:
+        partial = flags.view(torch.int64)
+    elif division.partial_size:
+        partial = torch.empty(division.partial_size, dtype=torch.float32, device=x.device)
+    else:
+        partial = flags.view(torch.float32)
+    rows, columns = config.BN // 16, config.BK // 64
+    N16, K64 = f.words[0].shape[-3], f.words[0].shape[-2]
+    words = [
+        TensorDescriptor(
+            w, [w.numel() // (K64 * block), K64 * block], [K64 * block, 1], [rows, columns * block], _WORDS
+        )
+        for w, block in zip(f.words, WORDS[f.bits], strict=True)
+    ]
+    scale = _rows(f.scale, config)
+    zero = scale if f.zero is None else _rows(f.zero, config)
+    tokens = TensorDescriptor(x, [M, x.shape[1]], [x.shape[1], 1], [config.BM, config.BK], _TOKENS)
+    written = tokens
+    if config.TMA_OUT:
+        written = TensorDescriptor(out, [M, f.N], [f.N, 1], [min(config.BM, PIECE), 64 * config.REST], _TOKENS)
+    fragment_gemm[(division.programs,)](
+        words[0],
+        words[-1],
+        tokens,
+        scale,
+        zero,
+        written,
+        out,
+        out if bias is None else bias,
+        partial,
+        flags,
+        flags if offsets is None else offsets,
+        M,
+        f.N,
+        K,
+        N16,
+        f.scale.shape[-2],
+        division.whole,
+        division.per,
+        config,
+        num_warps=4,
+        maxnreg=config.MAXNREG,
+        launch_pdl=config.OVERLAP,
+    )
+    return out
+
+
+def _rows(values: Tensor, config: Config) -> TensorDescriptor:
+    """Scales or zero points [..., G, rows] as one table of rows."""
+    width = values.shape[-1]
+    return TensorDescriptor(values, [values.numel() // width, width], [width, 1], [config.GROUPS, config.BN], _SCALES)
+
+
+@lru_cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,296 @@
+"""The Hopper kernel: y = x Wᵀ for packed W, warp-specialized, any number of tokens.
+
+One producer warp brings stages of words, scales and activations by TMA; NWG warpgroups turn words into the register
+operand of wgmma (`fragment.operand`) and multiply, tokens on the N side, so few tokens waste nothing. How the work is
+divided is told in `tiles`, how pieces of a tile are added up in `sums`; results do not depend on timing.
+
+With programmatic dependent launch (`Config.OVERLAP`) the words of the first stages, which no earlier kernel writes, are
+on their way while the kernel before still runs.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from bitwright.kernels.gluon.fragment import load_rows, operand, word_layout
+from bitwright.kernels.gluon.sums import collect, contribute, gather
+from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
+
+
+@gluon.jit(do_not_specialize=["M", "blocks", "groups", "tiles_whole", "per"])
+def fragment_gemm(
+    words0_desc,
+    words1_desc,
+    x_desc,
+    scale_desc,
+    zero_desc,
+    out_desc,
+    out,
+    bias,
+    partial,
+    counters,
+    offsets,
+    M,
+    N,
+    K,
+    blocks,
+    groups,
+    tiles_whole,
+    per,
+    C: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """out [M, N] = x Wᵀ + bias. C: a `Config`. tiles_whole, per: the division of work (see `plan`).
+
+    With experts, rows offsets[e] ... offsets[e + 1] - 1 of x [M, K] meet weight e of the stack, in which a weight takes
+    `blocks` row blocks of words and `groups` rows of scales.
+    """
+    BN: gl.constexpr = C.BN
+    NS: gl.constexpr = C.NS
+    words0 = gl.allocate_shared_memory(gl.int32, [C.NS] + words0_desc.block_shape, words0_desc.layout)
+    words1 = words0
+    if C.BITS == 3:
+        words1 = gl.allocate_shared_memory(gl.int32, [C.NS] + words1_desc.block_shape, words1_desc.layout)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [C.NS, C.BM, C.BK], x_desc.layout)
+    scales = gl.allocate_shared_memory(scale_desc.dtype, [C.NS, C.GROUPS, BN], scale_desc.layout)
+    zeros = scales
+    if C.ASYM:
+        zeros = gl.allocate_shared_memory(zero_desc.dtype, [C.NS, C.GROUPS, BN], zero_desc.layout)
+    stages = gl.allocate_shared_memory(out_desc.dtype, [C.NWG] + out_desc.block_shape, out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [C.NS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [C.NS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=C.NWG // C.KWG)
+    GIVERS: gl.constexpr = max(C.NWG // C.KWG * (C.KWG - 1), 1)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    GIVEN: gl.constexpr = [GIVERS, C.REST * C.BM // 8, 512] if C.KWG > 1 else [1, 1, 1]
+    gathered = gl.allocate_shared_memory(gl.float32, GIVEN, PLAIN)
+    given = gl.allocate_shared_memory(gl.int64, [GIVERS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [GIVERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(GIVERS):
+        mbarrier.init(given.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    nn = gl.cdiv(N, BN)
+    nk = gl.cdiv(K, C.BK)
+    if C.EXPERTS:
+        gdc_wait()  # which tiles there are is the result of an earlier kernel
+        first, end, _before = expert_table(offsets, C)
+        nm = gl.sum(gl.cdiv(end - first, C.BM), 0)
+        per = gl.cdiv(nm * nn * nk, gl.num_programs(0))
+    else:
+        nm = gl.cdiv(M, C.BM)
+    problem = (M, N, nm, nn, nk, offsets)
+    division = (nm * nn, tiles_whole, per)
+    buffers = (words0, words1, xs, scales, zeros)
+    output = (out, out_desc, stages, gathered, given, taken)
+    use = (buffers, full, empty, output, bias, partial, counters, problem, division)
+    descriptors = (words0_desc, words1_desc, x_desc, scale_desc, zero_desc)
+    load = (descriptors, buffers, full, empty, problem, division, (blocks, groups))
+    if C.NWG == 1:
+        gl.warp_specialize([(_consume, (use, 0, C)), (_produce, (load, C))], [1], [24])
+    elif C.NWG == 2:
+        gl.warp_specialize(
+            [(_consume, (use, 0, C)), (_consume, (use, 1, C)), (_produce, (load, C))], [4, 1], [C.REGISTERS, 24]
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (use, 0, C)),
+                (_consume, (use, 1, C)),
+                (_consume, (use, 2, C)),
+                (_consume, (use, 3, C)),
+                (_produce, (load, C)),
+            ],
+            [4, 4, 4, 1],
+            [C.REGISTERS, C.REGISTERS, C.REGISTERS, 24],
+        )
+
+
+@gluon.jit
+def _produce(load, C: gl.constexpr):
+    """One warp: stage after stage, as many ahead as there is room."""
+    descriptors, buffers, full, empty, problem, division, stack = load
+    nk = problem[4]
+    x_desc = descriptors[2]
+    xs = buffers[2]
+    tiles, tiles_whole, per = division
+    W0: gl.constexpr = buffers[0].shape[2]
+    W1: gl.constexpr = buffers[1].shape[2] if C.BITS == 3 else 0
+    BYTES: gl.constexpr = C.BN // 16 * (W0 + W1) * 4 + C.BM * C.BK * 2 + C.BN * C.GROUPS * 2 * (2 if C.ASYM else 1)
+    whole, pieces, first_unit, last_unit = plan(tiles, tiles_whole, per, nk)
+    # The first stages: words and scales before the wait for the kernel before this one, activations after it.
+    ahead = 0
+    for i in range(whole + pieces):
+        tile, k0, k1 = segment(i, whole, tiles_whole, first_unit, last_unit, nk)
+        _m0, _end, pn, expert = place(tile, problem, C)
+        for k in range(k0, min(k1, k0 + C.NS - ahead)):
+            mbarrier.expect(full.index(ahead), BYTES)
+            _load_weights(descriptors, buffers, full, ahead, pn, expert, stack, k, C)
+            ahead += 1
+    if C.EXPERTS == 0:
+        gdc_wait()
+    if C.OVERLAP:
+        gdc_launch_dependents()
+    it = 0
+    for i in range(whole + pieces):
+        tile, k0, k1 = segment(i, whole, tiles_whole, first_unit, last_unit, nk)
+        m0, _end, pn, expert = place(tile, problem, C)
+        for k in range(k0, k1):
+            s = it % C.NS
+            if it >= ahead:
+                mbarrier.wait(empty.index(s), ((it // C.NS) & 1) ^ 1)
+                mbarrier.expect(full.index(s), BYTES)
+                _load_weights(descriptors, buffers, full, s, pn, expert, stack, k, C)
+            tma.async_copy_global_to_shared(x_desc, [m0, k * C.BK], full.index(s), xs.index(s))
+            it += 1
+
+
+@gluon.jit
+def _load_weights(descriptors, buffers, full, s, pn, expert, stack, k, C: gl.constexpr):
+    """Words, scales and zero points of step k into stage s."""
+    words0_desc, words1_desc, _x_desc, scale_desc, zero_desc = descriptors
+    words0, words1, _xs, scales, zeros = buffers
+    blocks, groups = stack
+    row = expert * blocks + pn * (C.BN // 16)
+    group = expert * groups + (k * C.BK) // C.GROUP
+    tma.async_copy_global_to_shared(words0_desc, [row, k * words0.shape[2]], full.index(s), words0.index(s))
+    if C.BITS == 3:
+        tma.async_copy_global_to_shared(words1_desc, [row, k * words1.shape[2]], full.index(s), words1.index(s))
+    tma.async_copy_global_to_shared(scale_desc, [group, pn * C.BN], full.index(s), scales.index(s))
+    if C.ASYM:
+        tma.async_copy_global_to_shared(zero_desc, [group, pn * C.BN], full.index(s), zeros.index(s))
+
+
+@gluon.jit
+def _consume(use, WG: gl.constexpr, C: gl.constexpr):
+    """One warpgroup: its rows of every tile, or its share of the steps."""
+    buffers, full, empty, output, bias, partial, counters, problem, division = use
+    N, nk = problem[1], problem[4]
+    words0, words1, xs, scales, zeros = buffers
+    out, out_desc, stages, gathered, given, taken = output
+    tiles, tiles_whole, per = division
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C.BM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROWS: gl.constexpr = 64 * C.REST
+    BLOCKS: gl.constexpr = 4 * C.REST
+    BM: gl.constexpr = C.BM
+    # Warpgroups share a tile by rows, or all take the same rows and every KWG-th step.
+    KWG: gl.constexpr = C.KWG
+    STEP: gl.constexpr = WG % KWG
+    PART: gl.constexpr = WG // KWG
+    LW0: gl.constexpr = word_layout(C.BITS, 0, BLOCKS, C.BK // 64)
+    LW1: gl.constexpr = word_layout(C.BITS, 1 if C.BITS == 3 else 0, BLOCKS, C.BK // 64)
+    rn = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
+    rm = gl.arange(0, C.BM, gl.SliceLayout(0, MMA))
+    whole, pieces, first_unit, last_unit = plan(tiles, tiles_whole, per, nk)
+    base = 0
+    for i in range(whole + pieces):
+        tile, k0, k1 = segment(i, whole, tiles_whole, first_unit, last_unit, nk)
+        m0, end, pn, _expert = place(tile, problem, C)
+        acc = gl.zeros([ROWS, BM], gl.float32, MMA)
+        it = base + STEP
+        base += k1 - k0
+        s = it % C.NS
+        mbarrier.wait(full.index(s), (it // C.NS) & 1, pred=it < base)
+        a = _operand(words0, words1, scales, zeros, s, PART, C, LW0, LW1, OPERAND)
+        for _step in range(k0 + STEP, k1, KWG):
+            s = it % C.NS
+            acc = warpgroup_mma(a, xs.index(s).permute((1, 0)), acc, is_async=True)
+            # The next operand is made while this product runs; past the end the old stage is read once more.
+            it += KWG
+            more = it < base
+            s2 = gl.where(more, it % C.NS, s)
+            mbarrier.wait(full.index(s2), (it // C.NS) & 1, pred=more)
+            a = _operand(words0, words1, scales, zeros, s2, PART, C, LW0, LW1, OPERAND)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(s), count=1)
+        if KWG > 1:
+            acc = gather(acc, gathered, given, taken, i, STEP, PART, C)
+        if STEP == 0:
+            n0 = (pn * (C.NWG // KWG) + PART) * ROWS
+            if k1 == nk:
+                if k0 > 0:
+                    begin = (tile - tiles_whole) * nk // per
+                    acc = collect(acc, partial, counters, begin, PART, C)
+                _write(acc, out, out_desc, stages.index(PART), bias, m0, n0, rm, rn, end, N, C)
+            else:
+                contribute(acc, partial, counters, gl.program_id(0) * (C.NWG // KWG) + PART, C)
+    if C.TMA_OUT:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _operand(
+    words0,
+    words1,
+    scales,
+    zeros,
+    s,
+    WG: gl.constexpr,
+    C: gl.constexpr,
+    LW0: gl.constexpr,
+    LW1: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """The warpgroup's part of stage s."""
+    BLOCKS: gl.constexpr = 4 * C.REST
+    w0 = words0.index(s).slice(WG * BLOCKS, BLOCKS, 0).load(LW0)
+    w1 = w0
+    if C.BITS == 3:
+        w1 = words1.index(s).slice(WG * BLOCKS, BLOCKS, 0).load(LW1)
+    scale = load_rows(scales.index(s), WG, BLOCKS)
+    zero = scale
+    if C.ASYM:
+        zero = load_rows(zeros.index(s), WG, BLOCKS)
+    return operand(w0, w1, scale, zero, C, OPERAND)
+
+
+@gluon.jit
+def _write(acc, out, out_desc, stage, bias, m0, n0, rm, rn, end, N, C: gl.constexpr):
+    """Sums [rows, tokens] plus bias, rounded once, to out [tokens up to `end`, N]: by TMA, or from registers."""
+    n = n0 + rn
+    if C.BIAS:
+        acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    y = acc.to(out.dtype.element_ty)
+    if C.TMA_OUT:
+        # 16 bytes of a row are what a warp's registers hold together; shared memory makes long rows of them.
+        if C.EXPERTS == 0 or m0 + C.BM <= end:
+            _write_pieces(y, out_desc, stage, m0, n0)
+        else:
+            _write_registers(y, out, m0 + rm, n, end, N)
+    else:
+        _write_registers(y, out, m0 + rm, n, end, N)
+
+
+@gluon.jit
+def _write_registers(y, out, m, n, end, N):
+    valid = (m < end)[None, :] & (n < N)[:, None]
+    gl.store(out + m.to(gl.int64)[None, :] * N + n[:, None], y, mask=valid)
+
+
+@gluon.jit
+def _write_pieces(y, out_desc, stage, m0, n0):
+    """Token by token piece: as many tokens as the buffer [tokens, rows] holds."""
+    PIECE: gl.constexpr = stage.shape[0]
+    if y.shape[1] > PIECE:
+        HALF: gl.constexpr = y.shape[1] // 2
+        low, high = gl.split(y.reshape([y.shape[0], 2, HALF]).permute((0, 2, 1)))
+        _write_pieces(low, out_desc, stage, m0, n0)
+        _write_pieces(high, out_desc, stage, m0 + HALF, n0)
+    else:
+        tma.store_wait(0)
+        gl.thread_barrier()
+        stage.permute((1, 0)).store(y)
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [m0, n0], stage)
