@@ -104,3 +104,92 @@ def test_values_without_sense(model, tokenizer, wrong: dict) -> None:
 def test_empty_prompt(model, tokenizer) -> None:
     with pytest.raises(BitwrightError, match="prompt is empty"):
         bw.generate(model, tokenizer, "")
+
+
+@pytest.mark.parametrize("text", ["a", "The state of", "The state of the union is"])
+def test_static_cache_gives_the_same_tokens(model, tokenizer, text: str) -> None:
+    own = bw.generate(model, tokenizer, text, 24)
+    static = bw.generate(model, tokenizer, text, 24, mode="static")
+    assert (own.mode, static.mode) == ("transformers", "static")
+    assert (own.tokens, own.text) == (static.tokens, static.text)
+    assert own.reason is None and static.reason is None and own.setup_seconds == 0 < static.setup_seconds
+    assert static.seconds >= static.prefill_seconds > 0
+    decode_seconds = static.seconds - static.prefill_seconds
+    assert static.tokens_per_second == pytest.approx((len(static.tokens) - 1) / decode_seconds)
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 8, 9, 23])
+def test_static_loop_drops_what_follows_a_stop_token(model, tokenizer, place: int) -> None:
+    """Wherever it falls between two looks, the last token and the first included."""
+    ids = tokenizer("It was")["input_ids"]
+    stop = slow_greedy(model, ids, 24, -1)[place]
+    config = model.generation_config
+    before = config.eos_token_id
+    try:
+        config.eos_token_id = [319, stop]
+        result = bw.generate(model, tokenizer, "It was", 24, mode="static")
+    finally:
+        config.eos_token_id = before
+    assert list(result.tokens) == slow_greedy(model, ids, 24, stop)
+
+
+def test_static_sampling(model, tokenizer) -> None:
+    state = torch.get_rng_state()
+    options = {"temperature": 1.0, "mode": "static"}
+    one, same, other = (bw.generate(model, tokenizer, "a", 32, seed=s, **options).tokens for s in (1, 1, 2))
+    assert one == same != other
+    assert torch.equal(state, torch.get_rng_state())
+    nearly_greedy = bw.generate(model, tokenizer, "a", 16, top_p=1e-6, **options)
+    assert nearly_greedy.tokens == bw.generate(model, tokenizer, "a", 16).tokens
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_draws_follow_their_probabilities(top_p: float) -> None:
+    from bitwright.generate import _drawing
+
+    p = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    config = transformers.GenerationConfig(do_sample=True, temperature=0.5, top_p=top_p)
+    rows = 20000
+    drawn = _drawing(config, 0, "cpu")((p.log() * 0.5).expand(rows, -1))
+    expected = p if top_p == 1 else torch.tensor([0, 0.5, 0, 0.3]) / 0.8  # 0.5 + 0.3 is the first to reach 0.7
+    found = torch.bincount(drawn, minlength=4) / rows
+    assert (found - expected).abs().max() < 0.015
+    assert top_p == 1 or set(drawn.tolist()) == {1, 3}
+
+
+def test_modes_that_cannot_be(model, tokenizer) -> None:
+    with pytest.raises(BitwrightError, match="mode 'fast' is unknown; choose one of auto, transformers, static"):
+        bw.generate(model, tokenizer, "a", 4, mode="fast")
+    with pytest.raises(BitwrightError, match="CUDA graphs need a CUDA device"):
+        bw.generate(model, tokenizer, "a", 4, mode="cuda-graph")
+    config = transformers.BloomConfig(vocab_size=320, hidden_size=32, n_layer=1, n_head=4, eos_token_id=1)
+    bloom = transformers.BloomForCausalLM(config).eval()
+    with pytest.raises(BitwrightError, match="its forward takes no position_ids; use 'auto'"):
+        bw.generate(bloom, tokenizer, "a", 4, mode="static")
+    assert bw.generate(bloom, tokenizer, "a", 4).mode == "transformers"
+
+
+def test_auto_on_a_gpu_falls_back_and_says_why(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the model says it is on one to those who ask for the mode, and cannot make a static cache."""
+    from bitwright import generate as function  # the package binds the function over the module of this name
+    from bitwright.nn import graphs
+
+    def unsupported(*args, **kwargs):
+        raise graphs.Unsupported("it is only a test")
+
+    monkeypatch.setattr(graphs, "decoder", unsupported)
+    run = function.__globals__["_static_loop"]
+    ids = tokenizer("It was")["input_ids"]
+    config = function.__globals__["_config"](model, tokenizer, 8, 0.0, 1.0)
+    found = run(model, torch.tensor([ids]), config, 0, "auto")
+    assert (found.mode, found.reason) == ("transformers", "it is only a test")
+    assert found.tokens == slow_greedy(model, ids, 8, 1)
+
+
+def test_positions_end(model, tokenizer) -> None:
+    """128 positions: a longer prompt is refused, and generation stops where they do."""
+    with pytest.raises(BitwrightError, match="the prompt has 129 tokens, but the model has 128 positions"):
+        bw.generate(model, tokenizer, "x" * 129, 4)
+    for mode in ("transformers", "static"):
+        assert len(bw.generate(model, tokenizer, "x" * 126, 64, mode=mode).tokens) <= 3
+    assert len(bw.generate(model, tokenizer, "x" * 128, 64, mode="static").tokens) == 1

@@ -18,6 +18,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    mode: Annotated[
+        str, typer.Option(help="auto, transformers, static or cuda-graph. auto: a CUDA graph on a GPU where possible.")
+    ] = "auto",
     device: options.Device = "auto",
     dtype: options.GenerationDtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -54,6 +57,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            mode=mode,
         )
         ran = str(loaded.dtype).removeprefix("torch.")
         if json:
@@ -62,4 +66,8 @@ def generate(
             return
         typer.echo(result.text if chat else prompt + result.text)
         speed = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.1f} tokens/s"
-        typer.echo(f"{len(result.tokens)} tokens; first after {result.prefill_seconds:.2f} s{speed} ({ran})", err=True)
+        made = "" if result.setup_seconds < 0.005 else f" and {result.setup_seconds:.2f} s of preparation"
+        first = f"first after {result.prefill_seconds:.2f} s{made}"
+        typer.echo(f"{len(result.tokens)} tokens; {first}{speed} ({ran}, {result.mode})", err=True)
+        if result.reason is not None:
+            typer.echo(f"no CUDA graph: {result.reason}", err=True)

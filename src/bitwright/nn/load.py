@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -91,7 +92,10 @@ def load(
 
 
 def explain(model: nn.Module) -> list[str]:
-    """One line per kind of packed module in `model`: how many, their scheme, what runs them and why, their bytes."""
+    """One line per kind of packed module in `model`: how many, their scheme, what runs them and why, their bytes.
+
+    And one per reason why experts run one after the other.
+    """
     kinds: dict[tuple[str, str, str, str], list[int]] = {}
     seen: set[int] = set()
     for module in model.modules():
@@ -100,10 +104,12 @@ def explain(model: nn.Module) -> list[str]:
             shared = id(module.packed) in seen  # a tied head: its bytes are the embedding's
             seen.add(id(module.packed))
             kinds.setdefault(key, []).append(0 if shared else module.nbytes)
-    return [
+    lines = [
         f"{len(sizes)} {kind} {scheme}: {name} ({reason}), {sum(sizes) / 1e6:.1f} MB"
         for (kind, scheme, name, reason), sizes in kinds.items()
     ]
+    loops = Counter(m.unstacked for m in model.modules() if isinstance(m, QuantExperts) and m.unstacked)
+    return lines + [f"{count} QuantExperts: one expert after the other ({why})" for why, count in loops.items()]
 
 
 def _load_plain(folder: Path, dtype: torch.dtype | None, device: str | torch.device, trust_remote_code: bool) -> Any:
@@ -164,6 +170,12 @@ def _install_packed(
         for path in paths:
             model.get_submodule(path).weight = None  # so that the next line reads only the rest
     source.materialize("", dtype, device)
+    stacks: dict[str, tuple[QuantExperts, set[str]]] = {}  # path -> experts, and their matrices still to come
+    for path, module in list(model.named_modules()):
+        if isinstance(module, UnfusedExperts):
+            experts = QuantExperts.adopt(module)
+            _replace(model, path, experts)
+            stacks[path] = experts, {p for paths in plan.values() for p in paths if p.startswith(f"{path}.")}
     for prefix, paths in plan.items():
         scheme = checkpoint.schemes.get(prefix)
         qt = checkpoint.quantized(prefix)  # raises where there is no scheme
@@ -171,9 +183,12 @@ def _install_packed(
         weight, choice = prepare(qt, scheme, dtype, device)
         for path in paths:
             _replace(model, path, _packed_module(model.get_submodule(path), path, weight, choice, qt.shape, scheme))
-    for path, module in list(model.named_modules()):
-        if isinstance(module, UnfusedExperts):
-            _replace(model, path, QuantExperts.adopt(module))
+        del weight
+        for path in paths:
+            experts, missing = stacks.get(path.rsplit(".", 2)[0], (None, set()))
+            missing.discard(path)
+            if experts is not None and not missing:  # at once, so that the next layer finds the memory given back
+                experts.stack()
 
 
 def _avoid_slow_paths(model: Any) -> None:
