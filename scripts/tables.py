@@ -1,10 +1,12 @@
-"""Write the README's tables from benchmarks/quality.jsonl, the records of scripts/quality.py.
+"""Write the README's tables from the records: benchmarks/quality.jsonl of scripts/quality.py, and benchmarks/gpu.jsonl
+of `bitwright bench` (`gpu_tables`).
 
     python scripts/tables.py            # rewrites the tables in README.md in place
     python scripts/tables.py --check    # exit code 1 if they are not what the records say
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is one of `TABLES`. Records that differ in
-nothing but the seed share a row: values are means over seeds, and ± is the mean of their standard errors over windows.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is one of `TABLES` or `GPU_TABLES`. Records of
+quality that differ in nothing but the seed share a row: values are means over seeds, and ± is the mean of their
+standard errors over windows. A GPU table without records is empty.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import GPU_TABLES, MISSING, markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "quality.jsonl"
+GPU_RECORDS = ROOT / "benchmarks" / "gpu.jsonl"
 README = ROOT / "README.md"
 
 UNQUANTIZED = "fp"
@@ -29,7 +34,6 @@ FAMILIES = ("opt", "falcon", "mixtral")
 # What `bitwright quantize` takes where a configuration says nothing.
 DEFAULT_CALIBRATION = {"num_samples": "128", "seq_len": "2048"}
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-_MISSING = "–"
 
 Record = dict[str, Any]
 
@@ -190,7 +194,7 @@ def _of_windows(rows: Sequence[Row], relative: bool) -> str:
     def perplexity(row: Row, text: str) -> str:
         mean = row.text(text, "quality", "perplexity", "mean")
         if mean is None:
-            return _MISSING
+            return MISSING
         error = row.text(text, "quality", "perplexity", "standard_error")
         shown = _number(mean) + ("" if error is None else f" ± {_number(error)}")
         plain = base.get(row.model)
@@ -199,27 +203,21 @@ def _of_windows(rows: Sequence[Row], relative: bool) -> str:
 
     def divergence(row: Row, key: str, form: str) -> str:
         found = [row.text(text, "divergence", key, "mean") for text in texts]
-        return _MISSING if set(found) == {None} else " / ".join(_plain(x, form) for x in found)
+        return MISSING if set(found) == {None} else " / ".join(_plain(x, form) for x in found)
 
     columns: list[tuple[str, Callable[[Row], str]]] = []
     if len({row.model for row in rows}) > 1:
         columns.append(("model", lambda row: row.model))
     columns.append(("configuration", name))
-    columns.append(("bits per weight", lambda row: _MISSING if row.bits == float("inf") else f"{row.bits:.2f}"))
+    columns.append(("bits per weight", lambda row: MISSING if row.bits == float("inf") else f"{row.bits:.2f}"))
     columns += [(f"perplexity, {text}", partial(perplexity, text=text)) for text in texts]
     columns.append(("KL", partial(divergence, key="kl", form=".4f")))
     columns.append(("top-1", partial(divergence, key="top1_agreement", form=".3f")))
     columns.append(("CPU-seconds", lambda row: _plain(row.quantize("cpu_seconds"), ".0f")))
     columns.append(("peak memory, MB", lambda row: _plain(_mega(row.quantize("peak_rss_bytes")), ".0f")))
     cells = {title: [show(row) for row in rows] for title, show in columns}
-    cells = {title: values for title, values in cells.items() if any(value != _MISSING for value in values)}
-    left = ("model", "configuration")
-    lines = [
-        "| " + " | ".join(cells) + " |",
-        "|" + "|".join("---" if title in left else "---:" for title in cells) + "|",
-        *("| " + " | ".join(line) + " |" for line in zip(*cells.values(), strict=True)),
-    ]
-    return "\n".join(lines) + "\n\n" + _caption(rows, "KL" in cells) + "\n"
+    compared = any(cell != MISSING for cell in cells["KL"])
+    return markdown(cells, ("model", "configuration")) + "\n" + _caption(rows, compared) + "\n"
 
 
 def _caption(rows: Sequence[Row], divergence: bool) -> str:
@@ -262,7 +260,7 @@ def _number(value: float) -> str:
 
 
 def _plain(value: float | None, form: str) -> str:
-    return _MISSING if value is None else format(value, form)
+    return MISSING if value is None else format(value, form)
 
 
 def _mega(value: float | None) -> float | None:
@@ -272,14 +270,16 @@ def _mega(value: float | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------------- README
 
 
-def rewritten(readme: str, records: Sequence[Record]) -> str:
+def rewritten(readme: str, records: Sequence[Record], gpu_records: Sequence[Record] = ()) -> str:
     """The README with every marked table made anew. ValueError names a table that is not known."""
     rows = rows_of(records)
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
+        if name in GPU_TABLES:
+            return f"{match[1]}{GPU_TABLES[name](gpu_records)}{match[3]}"
         if name not in TABLES:
-            raise ValueError(f"the README marks a table {name!r}; known are {', '.join(TABLES)}")
+            raise ValueError(f"the README marks a table {name!r}; known are {', '.join([*TABLES, *GPU_TABLES])}")
         return f"{match[1]}{TABLES[name](rows)}{match[3]}"
 
     return _MARKED.sub(replace, readme)
@@ -289,13 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is stale")
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
     parser.add_argument("--readme", type=Path, default=README)
     args = parser.parse_args(arguments)
     if not args.records.exists():
         print(f"{args.records}: there are no records; scripts/quality.py makes them", file=sys.stderr)
         return 1
     before = args.readme.read_text(encoding="utf-8")
-    after = rewritten(before, read_records(args.records))
+    gpu_records = read_records(args.gpu_records) if args.gpu_records.exists() else []
+    after = rewritten(before, read_records(args.records), gpu_records)
     if before == after:
         return 0
     if args.check:

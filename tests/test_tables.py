@@ -1,4 +1,4 @@
-"""scripts/tables.py and scripts/plot_finequant.py on made-up records, and the README against the real ones."""
+"""scripts/tables.py, gpu_tables.py and plot_finequant.py on made-up records, and the README against the real ones."""
 
 from __future__ import annotations
 
@@ -181,6 +181,145 @@ def test_the_readme_is_fresh(tables: ModuleType) -> None:
     if not tables.RECORDS.exists():
         pytest.skip("benchmarks/quality.jsonl is not there: nothing was measured yet")
     assert tables.main(["--check"]) == 0, "python scripts/tables.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+STAMP = {
+    "gpu": "Test GPU",
+    "versions": {"torch": "2.0", "triton": "3.6"},
+    "dtype": "bfloat16",
+    "ceiling_bytes_per_second": 3e12,
+    "ceiling_flops_per_second": 7e14,
+}
+
+
+def kernel(name: str, micros: float | None, M: int = 1, **changes: Any) -> dict[str, Any]:
+    """What `bitwright bench kernels` writes; no time: absent."""
+    kind = {"dense": "dense", "tinygemm": "peer", "humming": "peer"}.get(name, "ours")
+    about = {"benchmark": "kernels", "N": 4096, "K": 4096, "tokens": M, "scheme": "w4a16-g128"}
+    made = STAMP | about | {"name": name, "kind": kind, "chosen": name == "gluon", "status": "ok"}
+    made |= {"status": "absent"} if micros is None else {"seconds": micros / 1e6, "roofline_share": 0.5}
+    return made | changes
+
+
+def point(M: int = 1, **changes: Any) -> list[dict[str, Any]]:
+    times = {"gluon": 10.0, "triton": 12.0, "dequantize+dense": 40.0, "dense": 20.0, "tinygemm": 15.0, "humming": 11.0}
+    return [kernel(name, micros, M, **changes) for name, micros in times.items()] + [kernel("gemlite", None, M)]
+
+
+def grid(table: str) -> list[dict[str, str]]:
+    """Rows of a table, column -> cell."""
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
+
+
+def test_kernels_beside_their_peers() -> None:
+    gpu = _script("gpu_tables")
+    table = gpu.kernels([*point(16), *point(1)])
+    first, second = grid(table)
+    assert first == {
+        "N × K": "4096 × 4096",
+        "M": "1",
+        "bitwright": "10.0",
+        "of roofline": "50%",
+        "cuBLAS": "20.0",
+        "dequantize + cuBLAS": "40.0",
+        "tinygemm": "15.0",
+        "humming": "11.0",
+        "times cuBLAS": "2.00",
+        "times the best peer": "1.10",
+    }
+    assert (second["N × K"], second["M"]) == ("", "16")
+    assert all(said in table for said in ("Test GPU, torch 2.0, Triton 3.6", "3.00 TB/s", "700 TFLOP/s", "w4a16-g128"))
+
+
+def test_the_last_record_of_a_name_counts() -> None:
+    gpu = _script("gpu_tables")
+    (row,) = grid(gpu.kernels([*point(), kernel("gluon", 5.0), kernel("humming", 4.0)]))
+    assert (row["bitwright"], row["humming"], row["times the best peer"]) == ("5.0", "4.0", "0.80")
+
+
+def test_what_was_wrong_is_no_time() -> None:
+    gpu = _script("gpu_tables")
+    wrong = kernel("gluon", None, status="wrong")
+    (row,) = grid(gpu.kernels([*point(), wrong]))
+    assert row["bitwright"] == "wrong" and "times cuBLAS" not in row and "of roofline" not in row
+
+
+def test_other_bits_have_a_table_of_their_own() -> None:
+    gpu = _script("gpu_tables")
+    records = [*point(), *point(scheme="w3a16-g128"), *point(scheme="w2a16-g128")]
+    assert [row["scheme"] for row in grid(gpu.kernel_bits(records))] == ["`w2a16-g128`", "`w3a16-g128`"]
+    assert len(grid(gpu.kernels(records))) == 1
+
+
+def test_gpus_are_told_apart_and_cpus_left_out() -> None:
+    gpu = _script("gpu_tables")
+    table = gpu.kernels([*point(), *point(gpu="Other GPU"), *point(gpu=None)])
+    assert table.count("| N × K |") == 2 and "Test GPU" in table.split("Other GPU")[0]
+
+
+def test_experts_table() -> None:
+    gpu = _script("gpu_tables")
+    about = {"benchmark": "experts", "experts": 8, "top_k": 2}
+    records = [kernel(name, us, **about) for name, us in (("triton", 30.0), ("gluon", 20.0), ("dense", 90.0))]
+    (row,) = grid(gpu.experts([*records, kernel("torch._grouped_mm", 60.0, **about, **{"kind": "peer"})]))
+    assert (row["experts"], row["bitwright"], row["times the better"]) == ("2 of 8", "20.0", "3.00")
+
+
+def whole(benchmark: str, scheme: str, **changes: Any) -> dict[str, Any]:
+    about = {"benchmark": benchmark, "model": "llama-2-7b", "scheme": scheme, "status": "ok", "batch": 1, "layers": 32}
+    about |= {"context": 512, "length": 512, "layers_timed": 32, "tokens_per_second": 100.0, "speedup_over_dense": 2.0}
+    about |= {"seconds_per_token": 0.01, "seconds": 0.02, "linear_share": 0.8, "weight_bytes": 4_000_000_000}
+    return STAMP | about | changes
+
+
+def test_decode_table() -> None:
+    gpu = _script("gpu_tables")
+    records = [
+        whole("decode", "bfloat16"),
+        whole("decode", "w4a16-g128", seconds_per_token=0.005, layers_timed=9),
+        STAMP
+        | {"benchmark": "decode", "model": "llama-2-7b", "scheme": "w2a16", "status": "wrong"}
+        | {"batch": 1, "context": 512, "reason": "relative error 1"},
+    ]
+    rows = grid(gpu.decode(records))
+    assert [(r["scheme"], r["ms per token"], r["timed"]) for r in rows] == [
+        ("16-bit", "10.00", "–"),
+        ("`w4a16-g128`", "5.00", "9 of 32 blocks"),
+        ("`w2a16` (wrong)", "–", "–"),
+    ]
+
+
+def test_prefill_throughput_and_memory_tables() -> None:
+    gpu = _script("gpu_tables")
+    (row,) = grid(gpu.prefill([whole("prefill", "w4a16-g128")]))
+    assert (row["prompts"], row["ms"]) == ("1 × 512", "20.0")
+    best = whole(
+        "throughput-best", "w4a16-g128", gpus=1, memory_bytes=8e10, tokens_per_second_per_gpu=70.4, note="n.b."
+    )
+    table = gpu.throughput([best, best | {"benchmark": "throughput"}])
+    assert [row["tokens/s per GPU"] for row in grid(table)] == ["70"] and "n.b." in table
+    from bitwright.bench import memory
+
+    records = memory.run(memory.Options(device="cpu", check=False))
+    rows = grid(gpu.memory([r | {"gpu": "Test GPU"} for r in records]))
+    assert [(r["scheme"], r["bits per weight"]) for r in rows] == [("`16-bit`", "16.00"), ("`w4a16-g128`", "4.12")]
+
+
+def test_gpu_tables_are_empty_until_something_was_measured(tables: ModuleType, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("r.jsonl", "g.jsonl", "README.md")}
+    files["r.jsonl"].write_text(json.dumps(record("opt", "fp", speeches=1.0)) + "\n")
+    marked = "".join(f"<!-- table:{name} -->\n<!-- /table -->\n" for name in tables.GPU_TABLES)
+    files["README.md"].write_text(marked)
+    arguments = ["--records", str(files["r.jsonl"]), "--gpu-records", str(files["g.jsonl"])]
+    arguments += ["--readme", str(files["README.md"])]
+    assert tables.main([*arguments, "--check"]) == 0
+    files["g.jsonl"].write_text("".join(json.dumps(r) + "\n" for r in point()))
+    assert tables.main([*arguments, "--check"]) == 1
+    assert tables.main(arguments) == 0 and "| 4096 × 4096 |" in files["README.md"].read_text()
+    assert tables.main([*arguments, "--check"]) == 0
 
 
 def test_plot(tmp_path: Path) -> None:

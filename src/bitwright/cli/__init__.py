@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from bitwright.cli import bench
 from bitwright.cli.evaluate import evaluate
 from bitwright.cli.generate import generate
 from bitwright.cli.inspect import inspect
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (inspect, quantize, evaluate, generate):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,6 +50,7 @@ def about(
     bitwright quantize MODEL --out MODEL-w4 --scheme w4a16-g128 --calibration speeches.txt
     bitwright evaluate MODEL-w4 --text held-out.txt --reference MODEL
     bitwright generate MODEL-w4 --prompt "The state of the union is"
+    bitwright bench    kernels | decode | prefill | memory
 
     MODEL is a Hugging Face folder, a hub id or a .gguf file. `bitwright COMMAND --help` explains a command.
     """

@@ -1,0 +1,96 @@
+"""Attention over a KV cache: decoding split over the sequence, prefill by torch.
+
+`decode` reads how far each sequence is from device memory, so that one captured graph serves a growing context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_PROGRAMS = 264  # two for each of the 132 SMs of an H100
+_FEWEST_KEYS = 32  # per program: fewer is all merging
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a decode step is cut: `splits` programs per (sequence, kv head), each in steps of `block` keys."""
+
+    splits: int
+    block: int
+
+
+def choose_split(batch: int, kv_heads: int, capacity: int) -> Split:
+    """As many stretches as fill the GPU, none shorter than 32 keys at a context of `capacity`."""
+    wanted = -(-_PROGRAMS // (batch * kv_heads))
+    splits = max(1, min(wanted, -(-capacity // _FEWEST_KEYS)))
+    return Split(splits, 64 if capacity >= 64 * splits else _FEWEST_KEYS)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch of `decode`, overwritten by every call: calls that share it must follow one another on one stream.
+
+    partial float32 [B kv_heads splits, group, D], stats float32 [..., 2], counters int32 [B kv_heads], zero between
+    calls. Only a GPU uses them.
+    """
+
+    split: Split
+    partial: Tensor
+    stats: Tensor
+    counters: Tensor
+
+
+def workspace(
+    batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int, device: torch.device | str
+) -> Workspace:
+    """Scratch for caches of `capacity` positions."""
+    split = choose_split(batch, kv_heads, capacity)
+    slots = batch * heads * split.splits if split.splits > 1 else 0
+    return Workspace(
+        split,
+        torch.empty(slots, head_dim, dtype=torch.float32, device=device),
+        torch.empty(slots, 2, dtype=torch.float32, device=device),
+        torch.zeros(batch * kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+def decode(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scratch: Workspace) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v of one query per sequence: q [B, heads, D] -> [B, heads, D].
+
+    keys, values [B, kv_heads, S, D]: sequence b sees positions 0 .. positions[b] (int32 [B], on the device). Query head
+    h reads kv head h // (heads / kv_heads). Float32 softmax; probabilities are rounded to the dtype of v.
+    """
+    if q.is_cuda:
+        from bitwright.bench import attention_kernels as kernels
+
+        s = scratch
+        return kernels.decode(
+            q, keys, values, positions, s.split.splits, s.split.block, (s.partial, s.stats, s.counters)
+        )
+    return decode_reference(q, keys, values, positions)
+
+
+def decode_reference(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """The twin of `decode`: float32 throughout."""
+    B, heads, D = q.shape
+    KV, S = keys.shape[1], keys.shape[2]
+    grouped = q.view(B, KV, heads // KV, D).float()
+    scores = grouped @ keys.float().transpose(-1, -2) / D**0.5  # [B, KV, group, S]
+    hidden = torch.arange(S, device=q.device) > positions[:, None]
+    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    seen = values.float().masked_fill(hidden[:, None, :, None], 0.0)  # what was never written may be NaN
+    return (scores.softmax(dim=-1) @ seen).view(B, heads, D).to(q.dtype)
+
+
+def prefill(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of a whole prompt: q [B T, heads, D], keys and values [B, kv_heads, S >= T, D] -> like q."""
+    B, _, _, D = keys.shape
+    T = q.shape[0] // B
+    heads = q.view(B, T, -1, D).transpose(1, 2)
+    grouped = heads.shape[1] != keys.shape[1]
+    y = scaled_dot_product_attention(heads, keys[:, :, :T], values[:, :, :T], is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2).reshape(q.shape)

@@ -1,0 +1,166 @@
+"""Triton kernels for what lies between the linears: residual + norm, rotary embedding + cache write, silu * mul.
+
+Between two linears of a decoding step there are a few kilobytes, so what counts is the number of launches: one kernel
+each, float32 inside, 16 bits in and out. `elementwise` chooses between these and their plain twins.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_norm(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    total,
+    H,
+    eps,
+    ADD: tl.constexpr,
+    CENTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * H
+    i = tl.arange(0, BLOCK)
+    inside = i < H
+    h = tl.load(residual + row + i, mask=inside, other=0.0)
+    if ADD:
+        h = (h.to(tl.float32) + tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)).to(normed.dtype.element_ty)
+        tl.store(total + row + i, h, mask=inside)
+    h = h.to(tl.float32)
+    if CENTER:
+        h = tl.where(inside, h - tl.sum(h) / H, 0.0)
+    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row + i, y.to(normed.dtype.element_ty), mask=inside)
+
+
+def add_norm(
+    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
+    """See `elementwise.add_norm`; one program per row, the row in registers."""
+    M, H = residual.shape
+    normed = torch.empty_like(residual)
+    total = residual if x is None else torch.empty_like(residual)
+    block = triton.next_power_of_2(H)
+    _add_norm[(M,)](
+        residual if x is None else x,
+        residual,
+        weight,
+        weight if bias is None else bias,
+        normed,
+        total,
+        H,
+        eps,
+        ADD=x is not None,
+        CENTER=center,
+        BIAS=bias is not None,
+        BLOCK=block,
+        num_warps=min(16, max(4, block // 512)),
+    )
+    return normed, total
+
+
+@triton.jit
+def _rope_cache(
+    qkv,
+    cos,
+    sin,
+    start,
+    q,
+    keys,
+    values,
+    T,
+    S,
+    HEADS: tl.constexpr,
+    KV: tl.constexpr,
+    HALF: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    sequence = token // T
+    position = tl.load(start + sequence).to(tl.int64) + token % T
+    d = tl.arange(0, HALF)[None, :]
+    at = (token * (HEADS + 2 * KV) + head)[:, None] * (2 * HALF) + d
+    inside = (head < HEADS + 2 * KV)[:, None]
+    a = tl.load(qkv + at, mask=inside, other=0.0)
+    b = tl.load(qkv + at + HALF, mask=inside, other=0.0)
+    if ROPE:
+        angle = tl.minimum(position, S - 1) * HALF + d
+        c = tl.load(cos + angle)
+        s = tl.load(sin + angle)
+        turned = (head < HEADS + KV)[:, None]
+        first, second = a.to(tl.float32), b.to(tl.float32)
+        a = tl.where(turned, first * c - second * s, first).to(a.dtype)
+        b = tl.where(turned, second * c + first * s, second).to(b.dtype)
+    is_q = (head < HEADS)[:, None]
+    at = (token * HEADS + head)[:, None] * (2 * HALF) + d
+    tl.store(q + at, a, mask=is_q)
+    tl.store(q + at + HALF, b, mask=is_q)
+    room = position < S  # a write past the cache would land in the next head
+    is_k = ((head >= HEADS) & (head < HEADS + KV) & room)[:, None]
+    at = ((sequence * KV + head - HEADS) * S + position)[:, None] * (2 * HALF) + d
+    tl.store(keys + at, a, mask=is_k)
+    tl.store(keys + at + HALF, b, mask=is_k)
+    is_v = (head >= HEADS + KV)[:, None] & inside & room
+    at = ((sequence * KV + head - HEADS - KV) * S + position)[:, None] * (2 * HALF) + d
+    tl.store(values + at, a, mask=is_v)
+    tl.store(values + at + HALF, b, mask=is_v)
+
+
+def rope_cache(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, start: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """See `elementwise.rope_cache`; one program per token and a few heads."""
+    M, width = qkv.shape
+    B, KV, S, D = keys.shape
+    heads = width // D - 2 * KV
+    q = qkv.new_empty(M, heads, D)
+    rows = 8
+    _rope_cache[(M, triton.cdiv(heads + 2 * KV, rows))](
+        qkv,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
+        start,
+        q,
+        keys,
+        values,
+        M // B,
+        S,
+        HEADS=heads,
+        KV=KV,
+        HALF=D // 2,
+        ROPE=cos is not None,
+        ROWS=rows,
+        num_warps=2,
+    )
+    return q
+
+
+@triton.jit
+def _silu_mul(gate_up, out, I, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < I
+    gate = tl.load(gate_up + row * 2 * I + i, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * I + I + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * I + i, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `elementwise.silu_mul`."""
+    M, I = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(M, I)
+    block = 1024
+    _silu_mul[(M, triton.cdiv(I, block))](gate_up, out, I, BLOCK=block, num_warps=4)
+    return out

@@ -1,0 +1,136 @@
+"""What fits: bytes of models and caches, how many blocks can be timed at once, and over how many GPUs one is spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from bitwright.bench.shapes import LinearShape, ModelShape
+from bitwright.errors import BitwrightError
+from bitwright.kernels.fragments import COLUMNS, ROWS
+from bitwright.scheme import Scheme
+
+RESERVED = 0.06  # share of a GPU's memory left to activations, workspaces and CUDA itself
+_BEYOND_CACHE = 150_000_000  # bytes of weights that no cache holds: three times the L2 of an H100
+_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How many of a model's blocks are timed: all `many`, or `few` and `many`, whose difference is blocks alone."""
+
+    few: int | None
+    many: int
+    layers: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of blocks to time."""
+        return (self.many,) if self.few is None else (self.few, self.many)
+
+    @property
+    def method(self) -> str:
+        """How `total` comes about, in words."""
+        if self.few is None:
+            return "whole model"
+        return f"({self.many} blocks - {self.few} blocks) / {self.many - self.few} x {self.layers} + the rest"
+
+    def block(self, seconds: Mapping[int, float]) -> float:
+        """Seconds of one block from those of `counts`; of a whole model, its mean share."""
+        if self.few is None:
+            return seconds[self.many] / self.many
+        return (seconds[self.many] - seconds[self.few]) / (self.many - self.few)
+
+    def total(self, seconds: Mapping[int, float]) -> float:
+        """Seconds of the model with all its layers."""
+        return seconds[self.many] + (self.layers - self.many) * self.block(seconds)
+
+
+def choose_depth(layers: int, block_bytes: int, asked: int | None, fits: bool) -> Depth:
+    """All blocks if they fit and no fewer were asked for; else two depths.
+
+    Either depth reads enough weights that none is found in a cache the next time. asked: the larger depth, or None.
+    """
+    if asked is not None and asked < 2:
+        raise BitwrightError(f"{asked} layers cannot be told from the rest of a model: ask for 2 or more, or for all")
+    if asked is None and fits:
+        return Depth(None, layers, layers)
+    few = max(1, math.ceil(_BEYOND_CACHE / block_bytes))
+    many = 3 * few if asked is None else asked
+    if many >= layers:
+        return Depth(None, layers, layers)
+    return Depth(min(few, many - 1), many, layers)
+
+
+def block_bytes(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype) -> int:
+    """Bytes of the linears of one block at `scheme` (None: `dtype`), as the GPU kernels hold them."""
+    return sum(linear.count * _linear_bytes(linear, scheme, dtype) for linear in shape.linears)
+
+
+def model_bytes(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype) -> int:
+    """Bytes of all weights."""
+    return shape.layers * block_bytes(shape, scheme, dtype) + shape.other_weights * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be used now, `RESERVED` left."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free * (1 - RESERVED))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def rank_shape(shape: ModelShape, gpus: int) -> ModelShape | None:
+    """What one of `gpus` holds under tensor parallelism: heads, the inner width and the vocabulary divided.
+
+    None where heads or the inner width do not divide. Fewer kv heads than GPUs are repeated.
+    """
+    kv_divide = shape.kv_heads % gpus == 0 or gpus % shape.kv_heads == 0
+    if shape.heads % gpus or shape.intermediate % gpus or not kv_divide:
+        return None
+    return replace(
+        shape,
+        heads=shape.heads // gpus,
+        kv_heads=max(1, shape.kv_heads // gpus),
+        intermediate=shape.intermediate // gpus,
+        vocab=-(-shape.vocab // gpus),
+    )
+
+
+def largest_batch(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype, context: int, memory: int) -> int:
+    """Sequences of `context` tokens whose caches fit into `memory` bytes beside the weights; below 1: not even they."""
+    room = int(memory * (1 - RESERVED)) - model_bytes(shape, scheme, dtype)
+    return room // (shape.kv_cache_values(1, context) * dtype.itemsize)
+
+
+def fewest_gpus(
+    shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype, context: int, memory: int
+) -> tuple[int, ModelShape]:
+    """The smallest number of GPUs that divides the model and holds it beside the cache of one sequence, and a rank's
+    share. BitwrightError if there is none up to 64."""
+    for gpus in range(1, _GPUS + 1):
+        rank = rank_shape(shape, gpus)
+        if rank is not None and largest_batch(rank, scheme, dtype, context, memory) >= 1:
+            return gpus, rank
+    raise BitwrightError(
+        f"{shape.name} with {context} tokens of cache does not fit {_GPUS} GPUs of {memory / 1e9:.1f} GB; give more "
+        "memory or less context"
+    )
+
+
+def _linear_bytes(linear: LinearShape, scheme: Scheme | None, dtype: torch.dtype) -> int:
+    N, K = linear.N, linear.K
+    if scheme is None:
+        return N * K * dtype.itemsize
+    w, rows = scheme.weight, -(-N // ROWS) * ROWS
+    per_group = dtype.itemsize * (1 if w.symmetric else 2)
+    return rows * (-(-K // COLUMNS) * COLUMNS * w.bits // 8 + w.num_groups(K) * per_group)

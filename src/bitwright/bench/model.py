@@ -1,0 +1,344 @@
+"""A decoder small enough to read, of real shape and random weights: what the whole-model benchmarks time.
+
+One program for all of them: rotary or learned positions, RMSNorm or LayerNorm, gated, plain or expert MLPs. The 16-bit
+model and the quantized one differ in their linears and in nothing else, so that a difference in time is theirs. A block
+is a handful of launches (norm, qkv, rotate and cache, attention, o, norm, up, activation, down) without a word to the
+host, so that a step can be captured in a CUDA graph.
+
+Weights are made on the device, at random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from bitwright.bench import attention
+from bitwright.bench.elementwise import add_norm, rope_cache, rope_tables, silu_mul
+from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear
+from bitwright.bench.routing import combine, route
+from bitwright.bench.shapes import ModelShape
+from bitwright.errors import BitwrightError
+from bitwright.scheme import Scheme
+
+_EPS = 1e-5
+_ROPE_BASE = 10000.0
+_OPT_OFFSET = 2  # OPT's position table starts two rows late
+
+Linear = DenseLinear | PackedLinear
+Experts = DenseExperts | PackedExperts
+
+
+@dataclass(frozen=True)
+class Norm:
+    """weight, bias [hidden]; a bias makes it a LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of residual + x, residual + x)."""
+        return add_norm(x, residual, self.weight, self.bias, _EPS, self.bias is not None)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(silu(gate) * up) where gated, gate and up one linear; else down(relu(up))."""
+
+    up: Linear
+    down: Linear
+    gated: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(_activate(self.up(x), self.gated))
+
+    def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
+        """Its linears alone, on inputs of the right shape made now."""
+        inner = _activate(self.up(x), self.gated)
+        return [partial(self.up, x), partial(self.down, inner)]
+
+    def dense(self) -> Mlp:
+        """The same with dequantized weights."""
+        return replace(self, up=self.up.dense(), down=self.down.dense())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its linears."""
+        return self.up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True)
+class MoE:
+    """The `top_k` best experts of each token, by a 16-bit router [E, hidden]; the order of every sum is fixed."""
+
+    router: Tensor
+    up: Experts
+    down: Experts
+    gated: bool
+    top_k: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        routing = route(torch.mm(x, self.router.t()), self.top_k)
+        rows = x.index_select(0, routing.tokens)
+        y = self.down(_activate(self.up(rows, routing.offsets), self.gated), routing.offsets)
+        return combine(y, routing)
+
+    def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
+        """Its linears alone, on inputs of the right shape made now."""
+        routing = route(torch.mm(x, self.router.t()), self.top_k)
+        rows = x.index_select(0, routing.tokens)
+        inner = _activate(self.up(rows, routing.offsets), self.gated)
+        return [partial(self.up, rows, routing.offsets), partial(self.down, inner, routing.offsets)]
+
+    def dense(self) -> MoE:
+        """The same with dequantized weights."""
+        return replace(self, up=self.up.dense(), down=self.down.dense())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its linears."""
+        return self.up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block."""
+
+    norm: Norm
+    qkv: Linear
+    o: Linear
+    mlp_norm: Norm
+    mlp: Mlp | MoE
+
+    def dense(self) -> Block:
+        """The same with dequantized weights."""
+        return replace(self, qkv=self.qkv.dense(), o=self.o.dense(), mlp=self.mlp.dense())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its linears."""
+        return self.qkv.nbytes + self.o.nbytes + self.mlp.nbytes
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What stays at 16 bits and is shared by the models compared: embedding, head [vocab, hidden], learned positions
+    [positions, hidden] or None, the last norm."""
+
+    embedding: Tensor
+    head: Tensor
+    positions: Tensor | None
+    norm: Norm
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, a tied head counted once."""
+        tied = self.head.data_ptr() == self.embedding.data_ptr()
+        positions = 0 if self.positions is None else self.positions.nbytes
+        return self.embedding.nbytes + (0 if tied else self.head.nbytes) + positions
+
+
+@dataclass(frozen=True)
+class State:
+    """What a batch of sequences carries from token to token; every step changes it.
+
+    ids int64 [B]: the tokens to be fed next. positions int32 [B]: where they stand. keys, values: one cache
+    [B, kv_heads, S, D] per block. cos, sin: float32 [S, D / 2], or None with learned positions.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    cos: Tensor | None
+    sin: Tensor | None
+    scratch: attention.Workspace
+
+    @property
+    def capacity(self) -> int:
+        """S, positions there is room for."""
+        return self.keys[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def first(self, layers: int) -> State:
+        """The same state for the first `layers` blocks, over the same memory."""
+        return replace(self, keys=self.keys[:layers], values=self.values[:layers])
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model: `tables`, then `blocks`, as many as were made (not always all that the shape has)."""
+
+    shape: ModelShape
+    tables: Tables
+    blocks: tuple[Block, ...]
+
+    def prefill(self, state: State, ids: Tensor) -> Tensor:
+        """Logits [B, vocab] after the prompts ids [B, T]; the state then stands behind them, greedy tokens chosen."""
+        B, T = ids.shape
+        state.positions.zero_()
+        where = torch.arange(T, device=ids.device).repeat(B)
+        h = self._run(state, self._embed(ids.flatten(), where), attention.prefill)
+        logits = torch.mm(h.view(B, T, -1)[:, -1], self.tables.head.t())
+        state.positions.fill_(T)
+        state.ids.copy_(logits.argmax(dim=-1))
+        return logits
+
+    def step(self, state: State) -> Tensor:
+        """Logits [B, vocab] after one more token of every sequence; the greedy ones are fed next."""
+
+        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attention.decode(q, keys, values, state.positions, state.scratch)
+
+        h = self._run(state, self._embed(state.ids, state.positions), attend)
+        logits = torch.mm(h, self.tables.head.t())
+        state.positions.add_(1)
+        state.ids.copy_(logits.argmax(dim=-1))
+        return logits
+
+    def first(self, layers: int) -> Decoder:
+        """The first `layers` blocks, over the same weights."""
+        return replace(self, blocks=self.blocks[:layers])
+
+    def dense(self) -> Decoder:
+        """The same model with every quantized weight dequantized."""
+        return replace(self, blocks=tuple(block.dense() for block in self.blocks))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the linears of one block."""
+        return self.blocks[0].nbytes
+
+    def linear_calls(self, M: int) -> list[Callable[[], Tensor]]:
+        """The linears of all blocks alone, each ready to be called on M random tokens."""
+        like = self.tables.embedding
+        s = self.shape
+        x = torch.randn(M, s.hidden, dtype=like.dtype, device=like.device)
+        y = torch.randn(M, s.heads * s.head_dim, dtype=like.dtype, device=like.device)
+        calls: list[Callable[[], Tensor]] = []
+        for block in self.blocks:
+            calls += [partial(block.qkv, x), partial(block.o, y), *block.mlp.calls(x)]
+        return calls
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        h = embedding(ids, self.tables.embedding)
+        return h if self.tables.positions is None else h + embedding(positions + _OPT_OFFSET, self.tables.positions)
+
+    def _run(self, state: State, h: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Hidden states [M, hidden] through all blocks and the last norm."""
+        x = None
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+            normed, h = block.norm(x, h)
+            q = rope_cache(block.qkv(normed), state.cos, state.sin, state.positions, keys, values)
+            y = attend(q, keys, values).view(h.shape[0], -1)
+            normed, h = block.mlp_norm(block.o(y), h)
+            x = block.mlp(normed)
+        return self.tables.norm(x, h)[0]
+
+
+def make_tables(shape: ModelShape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Tables:
+    """Random tables for models of `shape`."""
+    maker = _maker(None, dtype, device, seed)
+    words = maker.normal((shape.vocab, shape.hidden), 1.0)
+    # A tied head takes normed states times sqrt(hidden) too many; greedy tokens do not mind.
+    head = words if shape.tied else maker.normal((shape.vocab, shape.hidden), shape.hidden**-0.5)
+    positions = maker.normal((shape.positions, shape.hidden), 0.1) if shape.positions else None
+    return Tables(words, head, positions, _norm(shape, maker))
+
+
+def make_model(
+    shape: ModelShape,
+    scheme: Scheme | None,
+    tables: Tables,
+    layers: int | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """A model of `shape` with `layers` blocks (None: all) at `scheme` (None: 16 bits), beside `tables`.
+
+    BitwrightError for heads that the kernels do not take.
+    """
+    check_shape(shape)
+    maker = _maker(scheme, tables.embedding.dtype, tables.embedding.device, seed + 1)
+    sizes = {linear.name: (linear.N, linear.K) for linear in shape.linears}
+    up, down = sizes["gate_up" if shape.gated else "up"], sizes["down"]
+
+    def mlp() -> Mlp | MoE:
+        if shape.experts:
+            router = maker.normal((shape.experts, shape.hidden), shape.hidden**-0.5)
+            E = shape.experts
+            return MoE(router, maker.experts(E, *up), maker.experts(E, *down), shape.gated, shape.top_k)
+        return Mlp(maker.linear(*up, shape.bias), maker.linear(*down, shape.bias), shape.gated)
+
+    blocks = tuple(
+        Block(
+            _norm(shape, maker),
+            maker.linear(*sizes["qkv"], shape.bias),
+            maker.linear(*sizes["o"], shape.bias),
+            _norm(shape, maker),
+            mlp(),
+        )
+        for _ in range(shape.layers if layers is None else layers)
+    )
+    return Decoder(shape, tables, blocks)
+
+
+def make_state(
+    shape: ModelShape,
+    layers: int,
+    batch: int,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> State:
+    """Caches of `layers` blocks with room for `capacity` tokens, filled at random, as if long in use."""
+    if shape.positions and capacity + _OPT_OFFSET > shape.positions:
+        raise BitwrightError(
+            f"{shape.name} has {shape.positions - _OPT_OFFSET} positions, fewer than {capacity}; ask for less context"
+        )
+    maker = _maker(None, dtype, device, seed + 2)
+    size = (batch, shape.kv_heads, capacity, shape.head_dim)
+    keys, values = (tuple(maker.normal(size, 1.0) for _ in range(layers)) for _ in range(2))
+    cos, sin = (None, None) if shape.positions else rope_tables(capacity, shape.head_dim, _ROPE_BASE, device)
+    return State(
+        torch.randint(shape.vocab, (batch,), device=device, generator=maker.generator),
+        torch.zeros(batch, dtype=torch.int32, device=device),
+        keys,
+        values,
+        cos,
+        sin,
+        attention.workspace(batch, shape.heads, shape.kv_heads, shape.head_dim, capacity, device),
+    )
+
+
+def check_shape(shape: ModelShape) -> None:
+    """BitwrightError unless head_dim is a power of two from 16 to 256 and heads are a multiple of kv_heads."""
+    d = shape.head_dim
+    if d not in (16, 32, 64, 128, 256) or shape.heads % shape.kv_heads:
+        raise BitwrightError(
+            f"{shape.name}: head_dim {d}, {shape.heads} heads on {shape.kv_heads}; the benchmark's attention takes a "
+            "head_dim of 16, 32, 64, 128 or 256 and heads that are a multiple of kv_heads"
+        )
+
+
+def _maker(scheme: Scheme | None, dtype: torch.dtype, device: torch.device | str, seed: int) -> Maker:
+    device = torch.device(device)
+    return Maker(scheme, dtype, device, torch.Generator(device).manual_seed(seed))
+
+
+def _norm(shape: ModelShape, maker: Maker) -> Norm:
+    bias = maker.normal((shape.hidden,), 0.1) if shape.norm == "layernorm" else None
+    return Norm(maker.normal((shape.hidden,), 0.1, 1.0), bias)
+
+
+def _activate(y: Tensor, gated: bool) -> Tensor:
+    return silu_mul(y) if gated else torch.relu(y)

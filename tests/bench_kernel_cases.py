@@ -1,0 +1,108 @@
+"""Cases for the Triton kernels of `bench`, each compared with its plain twin.
+
+`test_bench_model.py` runs them in Triton's interpreter on a CPU (in a process of its own),
+`gpu/test_bench_model_cuda.py` on a GPU. The interpreter knows no bfloat16 products, so it is asked for float16 alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitwright.bench import attention, attention_kernels, elementwise, elementwise_kernels, routing, routing_kernels
+from bitwright.bench.routing import Routing
+
+EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one rounding
+
+
+def close(y: Tensor, expected: Tensor, factor: float = 1.5) -> None:
+    """Equal up to a rounding: float32 sums may run in another order."""
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    limit = factor * EPS[y.dtype] * expected.float().abs().clamp(min=0.1)
+    wrong = ~((y.float() - expected.float()).abs() <= limit)  # NaN too
+    assert not wrong.any(), f"{int(wrong.sum())} of {y.numel()} values differ"
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def add_norm(dtype: torch.dtype, device: str) -> None:
+    for M, H in ((1, 64), (3, 200), (2, 1024)):
+        x, h = (normal(M, H, dtype=dtype, device=device, seed=s) for s in (1, 2))
+        weight, bias = (normal(H, dtype=dtype, device=device, seed=s) for s in (3, 4))
+        for case in (
+            (x, h, weight, bias, 1e-5, True),
+            (x, h, weight, None, 1e-5, False),
+            (None, h, weight, bias, 0.1, True),
+        ):
+            before = [None if t is None else t.clone() for t in case[:4]]
+            normed, total = elementwise_kernels.add_norm(*case)
+            expected = elementwise.add_norm_reference(*case)
+            close(normed, expected[0], 3)
+            assert torch.equal(total, expected[1])
+            assert all(a is None or torch.equal(a, b) for a, b in zip(before, case[:4], strict=True))
+
+
+def rope_cache(dtype: torch.dtype, device: str) -> None:
+    for B, T, heads, kv, D, S in ((2, 3, 6, 2, 16, 20), (3, 1, 4, 4, 32, 9), (1, 5, 9, 1, 16, 5)):
+        qkv = normal(B * T, (heads + 2 * kv) * D, dtype=dtype, device=device)
+        # The last sequence runs over the end of its cache: nothing may be written there.
+        start = torch.tensor([0, 4, S - 1][:B], dtype=torch.int32, device=device)
+        tables = elementwise.rope_tables(S, D, 10000.0, device)
+        for cos, sin in (tables, (None, None)):
+            ours, theirs = (
+                [torch.full((B, kv, S, D), 7.0, device=device).to(dtype) for _ in range(2)] for _ in range(2)
+            )
+            q = elementwise_kernels.rope_cache(qkv, cos, sin, start, *ours)
+            close(q, elementwise.rope_cache_reference(qkv, cos, sin, start, *theirs))
+            for a, b in zip(ours, theirs, strict=True):
+                close(a, b)
+                assert (b == 7.0).any(dim=-1).sum() < b.numel() // D or T * B == 0  # something was written
+
+
+def silu_mul(dtype: torch.dtype, device: str) -> None:
+    for M, inner in ((1, 40), (3, 1500)):
+        x = normal(M, 2 * inner, dtype=dtype, device=device)
+        close(elementwise_kernels.silu_mul(x), elementwise.silu_mul_reference(x), 2)
+
+
+def experts(dtype: torch.dtype, device: str) -> None:
+    """route, combine and the kernel for few rows."""
+    for M, E, top_k in ((1, 8, 2), (5, 8, 2), (37, 6, 3), (64, 4, 4)):
+        logits = normal(M, E, dtype=dtype, device=device)
+        ours, expected = Routing(*routing_kernels.route(logits, top_k)), routing.route_reference(logits, top_k)
+        for name in ("offsets", "tokens", "places"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+        torch.testing.assert_close(ours.shares, expected.shares, rtol=1e-5, atol=1e-6)
+        y = normal(M * top_k, 48, dtype=dtype, device=device)
+        close(routing_kernels.combine(y, ours.places, ours.shares), routing.combine_reference(y, expected))
+        weight = normal(E, 24, 48, dtype=dtype, device=device)
+        of_row = torch.arange(E, device=device).repeat_interleave(expected.offsets.diff().long())
+        products = torch.einsum("tk,tnk->tn", y.double(), weight[of_row].double())
+        close(routing_kernels.rows(y, ours.offsets, weight), products.to(dtype), 2)
+
+
+def decode_attention(dtype: torch.dtype, device: str) -> None:
+    for heads, kv, D, S, splits, block in (
+        (4, 4, 16, 100, 1, 16),
+        (4, 4, 16, 100, 3, 16),
+        (6, 2, 32, 100, 5, 16),
+        (8, 1, 16, 100, 7, 32),  # more stretches than blocks: some are empty
+    ):
+        q = normal(3, heads, D, dtype=dtype, device=device, seed=1)
+        keys, values = (normal(3, kv, S, D, dtype=dtype, device=device, seed=s) for s in (2, 3))
+        positions = torch.tensor([0, 37, S - 1], dtype=torch.int32, device=device)
+        for b, p in enumerate(positions.tolist()):  # what is not there yet must not matter
+            keys[b, :, p + 1 :] = values[b, :, p + 1 :] = float("nan")
+        n = 3 * heads * splits
+        partial = torch.full((n, D), float("nan"), device=device)
+        stats = torch.full((n, 2), float("nan"), device=device)
+        counters = torch.zeros(3 * kv, dtype=torch.int32, device=device)
+        for _ in range(2):
+            y = attention_kernels.decode(q, keys, values, positions, splits, block, (partial, stats, counters))
+            close(y, attention.decode_reference(q, keys, values, positions), 3)
+            assert not counters.any()
+
+
+CASES = (add_norm, rope_cache, silu_mul, experts, decode_attention)

@@ -1,0 +1,77 @@
+"""The benchmarks on a GPU: graphs replay what they captured, every kernel that takes part is right, peers that are
+installed are measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitwright.bench import experts, kernels, peers, timing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SCHEMES = ("w4a16-g128", "w4a16-g64-asym", "w3a16-g128", "w2a16-g64", "w8a16-g128")
+
+
+def test_a_graph_replays_every_call() -> None:
+    counters = [torch.zeros(1, device="cuda") for _ in range(3)]
+    made = timing.ready([lambda c=c: c.add_(1) for c in counters], "cuda")
+    for c in counters:
+        c.zero_()
+    made.run()
+    made.run()
+    torch.cuda.synchronize()
+    assert [float(c) for c in counters] == [2, 2, 2]
+
+
+def test_twice_the_bytes_take_twice_as_long() -> None:
+    # Far beyond the cache, where time is bytes.
+    small, large = (torch.zeros(n, dtype=torch.uint8, device="cuda") for n in (1 << 28, 1 << 29))
+    found = timing.interleaved({"small": [lambda: small.add_(1)], "large": [lambda: large.add_(1)]}, 10)
+    assert found["large"].seconds / found["small"].seconds == pytest.approx(2, rel=0.1)
+    assert found["small"].low <= found["small"].seconds <= found["small"].high
+
+
+def test_ceilings_are_those_of_a_gpu() -> None:
+    found = timing.measure_ceilings("cuda", torch.bfloat16)
+    assert 1e11 < found.copy_bytes_per_second < 1e13
+    assert 1e13 < found.flops_per_second < 3e15
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_kernel_that_takes_the_problem_is_right(scheme: str) -> None:
+    options = kernels.Options(
+        shapes=((512, 1024),),
+        tokens=(1, 16, 100),
+        schemes=(scheme,),
+        peers=(peers.DENSE,),
+        repeats=2,
+        rotated_bytes=5_000_000,
+    )
+    found = kernels.run(options)
+    bad = [(r["name"], r["tokens"], r["reason"]) for r in found if r["status"] in ("wrong", "failed")]
+    assert not bad
+    timed = {r["name"] for r in found if r["status"] == "ok" and r["kind"] == "ours"}
+    assert {"triton", peers.DEQUANTIZED} <= timed
+    assert all(r["roofline_share"] < 1.2 for r in found if r["status"] == "ok")
+
+
+@pytest.mark.parametrize("peer", [peers.TINYGEMM, peers.HUMMING, peers.GEMLITE])
+def test_peers_that_are_installed_are_measured(peer: str) -> None:
+    options = kernels.Options(
+        shapes=((1024, 1024),), tokens=(1, 16), peers=(peers.DENSE, peer), repeats=2, rotated_bytes=5_000_000
+    )
+    found = [r for r in kernels.run(options) if r["name"] == peer]
+    if all("not installed" in (r["reason"] or "") for r in found):
+        pytest.skip(found[0]["reason"])
+    assert [(r["status"], r["reason"]) for r in found] == [("ok", None)] * 2
+
+
+def test_experts_in_one_launch() -> None:
+    options = kernels.Options(shapes=((512, 256),), tokens=(1, 33), repeats=2, rotated_bytes=5_000_000)
+    found = experts.run(options, experts=8, top_k=2)
+    ours = [r for r in found if r["kind"] == "ours"]
+    assert ours and [(r["status"], r["reason"]) for r in ours] == [("ok", None)] * len(ours)
+    assert all(r["status"] == "ok" for r in found if r["name"] == experts.LOOP)

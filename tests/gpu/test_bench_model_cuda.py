@@ -1,0 +1,99 @@
+"""The models of `bench` on a GPU: kernels against their twins, replay against eager runs, benchmarks end to end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitwright.bench import attention, correctness, decode, fitting, prefill, throughput
+from bitwright.bench.correctness import prompts, tiny
+from bitwright.bench.model import make_model, make_state, make_tables
+from bitwright.bench.shapes import models
+from bitwright.scheme import Scheme
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bench_kernel_cases
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BF16 = torch.bfloat16
+NAMES = ("llama-2-7b", "llama-3-8b", "opt-30b", "mixtral-8x7b")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", bench_kernel_cases.CASES, ids=lambda c: c.__name__)
+def test_kernels_equal_their_twins(case: Callable[[torch.dtype, str], None], dtype: torch.dtype) -> None:
+    case(dtype, "cuda")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (64, 8), (32, 8)])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_decode_attention_at_real_shapes(heads: int, kv_heads: int, batch: int) -> None:
+    q = torch.randn(batch, heads, 128, device="cuda").to(BF16)
+    keys, values = (torch.randn(batch, kv_heads, 2100, 128, device="cuda").to(BF16) for _ in range(2))
+    positions = torch.randint(0, 2100, (batch,), dtype=torch.int32, device="cuda")
+    scratch = attention.workspace(batch, heads, kv_heads, 128, 2100, "cuda")
+    first = attention.decode(q, keys, values, positions, scratch)
+    bench_kernel_cases.close(first, attention.decode_reference(q, keys, values, positions), 4)
+    for _ in range(20):  # whoever arrives last merges, always in the same order
+        assert torch.equal(attention.decode(q, keys, values, positions, scratch), first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["w4a16-g128", "w3a16-g64", "w4a16-g64-asym"])
+def test_quantized_models_equal_their_dequantized_twins(name: str, scheme: str) -> None:
+    """Logits against the dequantized model, and the replayed step bit for bit against the eager one."""
+    with torch.no_grad():
+        verdict = correctness.check(models(name), Scheme.parse(scheme), BF16, torch.device("cuda"))
+    assert verdict.reason is None, verdict
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "opt-30b"])
+def test_gpu_and_cpu_agree(name: str) -> None:
+    """The same 16-bit weights through kernels and through twins."""
+    shape = tiny(models(name))
+    tables = make_tables(shape, BF16, "cpu")
+    model = make_model(shape, None, tables)
+    ids = prompts(shape, 2, 20, "cpu")
+    here, there = (make_state(shape, 2, 2, 24, BF16, d) for d in ("cpu", "cuda"))
+    with torch.no_grad():
+        expected, logits = model.prefill(here, ids), _moved(model).prefill(there, ids.cuda())
+        assert _relative(logits.cpu(), expected) < 2e-2
+        there.ids.copy_(here.ids)
+        expected, logits = model.step(here), _moved(model).step(there)
+        assert _relative(logits.cpu(), expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "opt-30b", "mixtral-8x7b"])
+def test_benchmarks_end_to_end(name: str) -> None:
+    small = replace(tiny(models(name)), layers=4)
+    for layers in (None, 2):
+        records = decode.run(decode.Options(small, batches=(1, 3), context=16, layers=layers, device="cuda", repeats=3))
+        assert [r["status"] for r in records] == ["ok"] * 4, records
+        assert all(r["seconds_per_token"] > 0 for r in records)
+    records = prefill.run(prefill.Options(small, prompts=((2, 24),), device="cuda", repeats=3))
+    assert [r["status"] for r in records] == ["ok"] * 2, records
+    memory = int(fitting.model_bytes(small, None, BF16) * 0.8)
+    options = throughput.Options(small, context=16, memory=memory, largest=4, device="cuda", repeats=3)
+    records = throughput.run(options)
+    assert {r["status"] for r in records} == {"ok"}, records
+
+
+def _relative(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _moved(value):
+    """The same dataclass with every tensor in it on the GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, tuple):
+        return tuple(_moved(v) for v in value)
+    if hasattr(value, "__dataclass_fields__") and type(value).__module__.endswith(("model", "linears")):
+        return replace(value, **{f: _moved(getattr(value, f)) for f in value.__dataclass_fields__})
+    return value

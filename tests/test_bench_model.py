@@ -1,0 +1,375 @@
+"""The models of `bench`: against transformers, kernels against their twins, and the benchmarks end to end, tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitwright.bench import attention, correctness, decode, fitting, prefill, throughput
+from bitwright.bench.correctness import tiny
+from bitwright.bench.elementwise import add_norm, silu_mul
+from bitwright.bench.fitting import Depth, choose_depth, fewest_gpus, largest_batch, rank_shape
+from bitwright.bench.linears import DenseExperts, DenseLinear, PackedLinear
+from bitwright.bench.model import Block, Decoder, Mlp, MoE, Norm, Tables, make_model, make_state, make_tables
+from bitwright.bench.routing import Routing, combine, route
+from bitwright.bench.shapes import ModelShape, models
+from bitwright.errors import BitwrightError
+from bitwright.scheme import Scheme
+
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
+LLAMA, OPT, MIXTRAL = models("llama-3-8b"), models("opt-30b"), models("mixtral-8x7b")
+
+# The interpreter of Triton 3.6 takes a loop bound to be a number of no dimensions; NumPy 2.4 insists on one.
+_INTERPRETED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from triton.runtime import interpreter
+plain = interpreter._LangPatchScope.set_attr
+def set_attr(self, obj, name, value):
+    plain(self, obj, name, (lambda t: int(t.handle.data.item())) if name == "__index__" else value)
+interpreter._LangPatchScope.set_attr = set_attr
+import torch, bench_kernel_cases as cases
+for case in cases.CASES:
+    case(torch.float16, "cpu")
+    print(case.__name__)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_their_twins_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _INTERPRETED, str(Path(__file__).parent)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["add_norm", "rope_cache", "silu_mul", "experts", "decode_attention"]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(("heads", "kv", "splits"), [(32, 32, 1), (64, 8, 17)])
+def test_attention_compiles_for_hopper(heads: int, kv: int, splits: int) -> None:
+    """The interpreter takes programs that the compiler refuses."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bitwright.bench.attention_kernels import _decode
+
+    pointers = dict.fromkeys(("q", "keys", "values", "out"), "*bf16") | dict.fromkeys(("partial", "stats"), "*fp32")
+    signature = pointers | {"positions": "*i32", "counters": "*i32", "scale_log2": "fp32", "S": "i32"}
+    group = heads // kv
+    values = dict(KV=kv, R=group, D=128, SPLITS=splits, ROWS=16, KEYS=32, MERGE_ROWS=group, CHUNK=8)
+    names = _decode.arg_names
+    source = ASTSource(
+        fn=_decode,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in values.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "positions", "counters")},
+    )
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}).asm["ptx"]
+    assert "mma.sync" in ptx and "cp.async" in ptx  # products on tensor cores, keys and values fetched ahead
+    assert ("atom" in ptx) == (splits > 1)
+
+
+def test_importing_the_benchmarks_loads_no_triton() -> None:
+    code = (
+        "import sys, bitwright.bench.decode, bitwright.bench.prefill, bitwright.bench.throughput; "
+        "print('triton' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def adopt(hf: Any, family: str) -> Decoder:
+    """Our model with the weights of a tiny one of transformers."""
+    w: dict[str, Tensor] = {name: t.detach() for name, t in hf.state_dict().items()}
+    c = hf.config
+    opt = family == "opt"
+    root = "model.decoder" if opt else "model"
+    shape = ModelShape(
+        family,
+        c.hidden_size,
+        c.ffn_dim if opt else c.intermediate_size,
+        c.num_attention_heads,
+        getattr(c, "num_key_value_heads", c.num_attention_heads),
+        c.num_hidden_layers,
+        c.vocab_size,
+        c.max_position_embeddings,
+        head_dim=c.hidden_size // c.num_attention_heads,
+        experts=4 if family == "mixtral" else 0,
+        top_k=2 if family == "mixtral" else 0,
+        norm="layernorm" if opt else "rmsnorm",
+        activation="relu" if opt else "silu",
+        bias=opt,
+        positions=c.max_position_embeddings + 2 if opt else 0,
+    )
+
+    def linear(*names: str) -> DenseLinear:
+        bias = torch.cat([w[f"{n}.bias"] for n in names]) if opt else None
+        return DenseLinear(torch.cat([w[f"{n}.weight"] for n in names]), bias)
+
+    def norm(name: str) -> Norm:
+        return Norm(w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    blocks = []
+    for i in range(shape.layers):
+        at = f"{root}.layers.{i}"
+        mlp: Mlp | MoE
+        if opt:
+            mlp = Mlp(linear(f"{at}.fc1"), linear(f"{at}.fc2"), gated=False)
+        elif shape.experts:
+            up, down = w[f"{at}.mlp.experts.gate_up_proj"], w[f"{at}.mlp.experts.down_proj"]
+            mlp = MoE(w[f"{at}.mlp.gate.weight"], DenseExperts(up), DenseExperts(down), gated=True, top_k=2)
+        else:
+            mlp = Mlp(linear(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"), linear(f"{at}.mlp.down_proj"), gated=True)
+        attend = f"{at}.self_attn"
+        blocks.append(
+            Block(
+                norm(f"{at}.self_attn_layer_norm" if opt else f"{at}.input_layernorm"),
+                linear(*(f"{attend}.{x}_proj" for x in "qkv")),
+                linear(f"{attend}.out_proj" if opt else f"{attend}.o_proj"),
+                norm(f"{at}.final_layer_norm" if opt else f"{at}.post_attention_layernorm"),
+                mlp,
+            )
+        )
+    positions = w[f"{root}.embed_positions.weight"] if opt else None
+    last = norm(f"{root}.final_layer_norm" if opt else f"{root}.norm")
+    return Decoder(shape, Tables(w[f"{root}.embed_tokens.weight"], w["lm_head.weight"], positions, last), tuple(blocks))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_prefill_and_steps_equal_transformers(family: str, tiny_model: Callable[..., Any]) -> None:
+    same = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    hf = tiny_model(family, **({} if family == "opt" else same))
+    model = adopt(hf, family)
+    ids = torch.randint(2, 320, (2, 7), generator=torch.Generator().manual_seed(3))
+    state = make_state(model.shape, 2, 2, 12, torch.float32, "cpu")
+    with torch.no_grad():
+        logits = [model.prefill(state, ids)]
+        for _ in range(3):
+            ids = torch.cat((ids, state.ids[:, None]), dim=1)
+            logits.append(model.step(state))
+        expected = hf(ids).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+    assert state.positions.tolist() == [10, 10]
+    assert torch.equal(state.ids, logits[-1].argmax(dim=-1))
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b", "opt-30b", "mixtral-8x7b"])
+@pytest.mark.parametrize("scheme", ["w4a16-g128", "w3a16-g64-asym"])
+def test_quantized_models_equal_their_dequantized_twins(name: str, scheme: str) -> None:
+    verdict = correctness.check(models(name), Scheme.parse(scheme), BF16, CPU)
+    assert verdict.reason is None and 0 < verdict.error < verdict.limit
+
+
+def test_the_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = PackedLinear.__call__
+    monkeypatch.setattr(PackedLinear, "__call__", lambda self, x: right(self, x.roll(1, dims=-1)))
+    verdict = correctness.check(LLAMA, Scheme.parse("w4a16-g128"), BF16, CPU)
+    assert verdict.reason is not None and "logits are off" in verdict.reason
+    shape = replace(tiny(LLAMA), layers=2)
+    records = decode.run(decode.Options(shape, batches=(1,), context=4, tokens=1, device="cpu", repeats=1))
+    assert [(r["scheme"], r["status"]) for r in records] == [("bfloat16", "ok"), ("w4a16-g128", "wrong")]
+    assert "seconds_per_token" not in records[1]
+    assert decode.table(records).row_count == 2
+
+
+def test_quantized_and_dense_models_differ_in_linears_alone() -> None:
+    shape = tiny(LLAMA)
+    tables = make_tables(shape, BF16, CPU)
+    dense, quantized = (make_model(shape, s, tables) for s in (None, Scheme.parse("w4a16-g128")))
+    assert dense.tables is quantized.tables
+    for a, b in zip(dense.blocks, quantized.blocks, strict=True):
+        assert type(a) is type(b) and type(a.mlp) is type(b.mlp)
+        assert isinstance(a.qkv, DenseLinear) and isinstance(b.qkv, PackedLinear)
+        assert tuple(a.qkv.weight.shape) == b.qkv.weight.shape
+    assert quantized.block_bytes < dense.block_bytes / 3
+    assert dense.block_bytes == fitting.block_bytes(shape, None, BF16)
+
+
+def test_routing_keeps_order_and_sums_to_one() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [0.0, 5.0, 9.0]])
+    routing = route(logits, 2)
+    # tokens choose (1, 2), (0, 1) by the tie, (2, 1)
+    assert routing.offsets.tolist() == [0, 1, 4, 6]
+    assert routing.tokens.tolist() == [1, 0, 1, 2, 0, 2]
+    assert routing.places.tolist() == [[1, 4], [0, 2], [5, 3]]
+    torch.testing.assert_close(routing.shares.sum(dim=1), torch.ones(3))
+    torch.testing.assert_close(routing.shares[2, 0], torch.tensor([5.0, 9.0]).softmax(0)[1])
+    y = torch.arange(6.0)[:, None].expand(6, 2)
+    expected = [float((routing.shares[m] * routing.places[m]).sum()) for m in range(3)]
+    torch.testing.assert_close(combine(y, routing), torch.tensor(expected)[:, None].expand(3, 2))
+    assert isinstance(routing, Routing)
+
+
+def test_elementwise_against_torch() -> None:
+    x, h, weight, bias = (torch.randn(3, 40), torch.randn(3, 40), torch.randn(40), torch.randn(40))
+    normed, total = add_norm(x, h, weight, bias, 1e-5, True)
+    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x + h, (40,), weight, bias, 1e-5))
+    torch.testing.assert_close(total, x + h)
+    normed, same = add_norm(None, h, weight, None, 1e-5, False)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(h, (40,), weight, 1e-5))
+    assert same is h
+    torch.testing.assert_close(silu_mul(x), torch.nn.functional.silu(x[:, :20]) * x[:, 20:])
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "capacity", "splits", "block"),
+    [(1, 32, 516, 9, 32), (1, 8, 4096, 33, 64), (1, 8, 100, 4, 32), (256, 8, 1024, 1, 64), (1, 32, 20, 1, 32)],
+)
+def test_attention_fills_the_gpu(batch: int, kv_heads: int, capacity: int, splits: int, block: int) -> None:
+    assert attention.choose_split(batch, kv_heads, capacity) == attention.Split(splits, block)
+
+
+def test_depths() -> None:
+    assert choose_depth(32, 100_000_000, None, True) == Depth(None, 32, 32)
+    assert choose_depth(32, 100_000_000, None, False) == Depth(2, 6, 32)
+    assert choose_depth(96, 900_000_000, None, False) == Depth(1, 3, 96)
+    assert choose_depth(32, 100_000_000, 2, True) == Depth(1, 2, 32)
+    assert choose_depth(2, 100_000_000, 2, False) == Depth(None, 2, 2)
+    with pytest.raises(BitwrightError, match="1 layers"):
+        choose_depth(32, 100_000_000, 1, True)
+    two = Depth(2, 6, 32)  # 3 beside the blocks, 0.5 each
+    assert two.total({2: 4.0, 6: 6.0}) == 19.0 and two.block({2: 4.0, 6: 6.0}) == 0.5
+    assert Depth(None, 4, 4).total({4: 8.0}) == 8.0
+
+
+def test_fewest_gpus_divide_heads_and_hold_some_cache() -> None:
+    memory = 85_000_000_000
+    gpus, rank = fewest_gpus(models("opt-175b"), None, torch.float16, 512, memory)
+    assert gpus == 6 and rank.heads == 16 and rank.intermediate == 8192  # five would do, but do not divide 96 heads
+    assert fewest_gpus(models("opt-66b"), None, torch.float16, 512, memory)[0] == 2
+    assert fewest_gpus(LLAMA, None, BF16, 512, memory)[0] == 1
+    assert rank_shape(LLAMA, 3) is None
+    wide = rank_shape(LLAMA, 16)
+    assert wide is not None and (wide.heads, wide.kv_heads) == (2, 1)
+    most = largest_batch(models("opt-66b"), Scheme.parse("w4a16-g128"), BF16, 512, memory)
+    each = 2 * 64 * 9216 * 512 * 2
+    weights = fitting.model_bytes(models("opt-66b"), Scheme.parse("w4a16-g128"), BF16)
+    assert weights + most * each <= memory * 0.94 < weights + (most + 1) * each
+    assert 66e9 / 2 < weights < 66e9 * 0.55
+
+
+def test_bytes_are_those_of_the_kernels() -> None:
+    from bitwright.kernels import fragments
+
+    for text in ("w4a16-g128", "w3a16-g64-asym", "w2a16", "w8a16-g128"):
+        scheme = Scheme.parse(text)
+        made = sum(
+            fragments.random(x.N, x.K, scheme.weight.bits, scheme.weight.group_size, scheme.weight.symmetric, BF16, CPU)
+            .nbytes
+            for x in tiny(LLAMA).linears
+        )  # fmt: skip
+        assert fitting.block_bytes(tiny(LLAMA), scheme, BF16) == made
+
+
+@pytest.mark.parametrize("shape", [LLAMA, OPT, MIXTRAL], ids=lambda s: s.name)
+def test_decode_end_to_end(shape: ModelShape) -> None:
+    small = replace(tiny(shape), layers=4)
+    options = decode.Options(small, batches=(1, 3), context=12, tokens=2, layers=2, device="cpu", repeats=2)
+    records = decode.run(options)
+    assert [(r["scheme"], r["batch"]) for r in records] == [
+        ("bfloat16", 1),
+        ("w4a16-g128", 1),
+        ("bfloat16", 3),
+        ("w4a16-g128", 3),
+    ]
+    for r in records:
+        json.dumps(r)
+        assert r["status"] == "ok" and r["method"] == "(2 blocks - 1 blocks) / 1 x 4 + the rest"
+        assert r["tokens_per_second"] == pytest.approx(r["batch"] / r["seconds_per_token"])
+        assert r["cache_bytes"] == 2 * 4 * small.kv_heads * 64 * r["batch"] * 14 * 2
+    assert records[0]["speedup_over_dense"] == 1
+    dense, quantized = records[:2]
+    assert quantized["speedup_over_dense"] == pytest.approx(dense["seconds_per_token"] / quantized["seconds_per_token"])
+    assert decode.table(records).row_count == 4
+
+
+def test_decode_of_a_whole_model_without_baseline() -> None:
+    options = decode.Options(tiny(OPT), context=8, tokens=1, baseline=False, device="cpu", repeats=1)
+    (record,) = decode.run(options)
+    assert record["method"] == "whole model" and record["speedup_over_dense"] is None
+
+
+def test_prefill_end_to_end() -> None:
+    small = replace(tiny(MIXTRAL), layers=4)
+    records = prefill.run(prefill.Options(small, prompts=((1, 8), (2, 5)), layers=2, device="cpu", repeats=2))
+    assert [(r["scheme"], r["batch"], r["length"]) for r in records] == [
+        ("bfloat16", 1, 8),
+        ("w4a16-g128", 1, 8),
+        ("bfloat16", 2, 5),
+        ("w4a16-g128", 2, 5),
+    ]
+    qkv_o, expert = 256 * 512 + 256 * 256, 3 * 256 * 384
+    for r in records:
+        assert r["status"] == "ok"
+        work = 2 * 4 * (qkv_o + 2 * expert) * r["batch"] * r["length"]  # two of eight experts each
+        assert r["flops_per_second"] * r["seconds"] == pytest.approx(work)
+    assert prefill.table(records).row_count == 4
+
+
+def test_throughput_sweeps_until_memory_is_full() -> None:
+    small = replace(tiny(OPT), layers=4)
+    sixteen = fitting.model_bytes(small, None, BF16)
+    options = throughput.Options(
+        small, context=12, memory=int(sixteen * 0.8), layers=2, largest=5, device="cpu", repeats=1
+    )
+    records = throughput.run(options)
+    swept = [r for r in records if r["benchmark"] == "throughput"]
+    assert [(r["scheme"], r["gpus"], r["batch"]) for r in swept] == [
+        ("bfloat16", 2, 1),
+        ("bfloat16", 2, 2),
+        ("bfloat16", 2, 4),
+        ("bfloat16", 2, 5),
+        ("w4a16-g128", 1, 1),
+        ("w4a16-g128", 1, 2),
+        ("w4a16-g128", 1, 4),
+        ("w4a16-g128", 1, 5),
+    ]
+    assert "communication between ranks is not counted" in swept[0]["note"] and swept[4]["note"] is None
+    best = {r["scheme"]: r for r in records if r["benchmark"] == "throughput-best"}
+    for name, r in best.items():
+        assert r["tokens_per_second_per_gpu"] == max(
+            s["tokens_per_second_per_gpu"] for s in swept if s["scheme"] == name
+        )
+    gain = best["w4a16-g128"]["tokens_per_second_per_gpu"] / best["bfloat16"]["tokens_per_second_per_gpu"]
+    assert best["w4a16-g128"]["speedup_over_dense"] == pytest.approx(gain)
+    assert throughput.table(records).row_count == 10
+    tight = replace(options, memory=int(fitting.model_bytes(small, Scheme.parse("w4a16-g128"), BF16)))
+    refused = [r for r in throughput.run(tight) if r["scheme"] == "w4a16-g128"]
+    assert [r["status"] for r in refused] == ["absent"] and "do not fit" in refused[0]["reason"]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (4, [1, 2, 4]), (7, [1, 2, 4, 7])])
+def test_batches_double(most: int, expected: list[int]) -> None:
+    assert throughput.batches(most) == expected
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    with pytest.raises(BitwrightError, match="head_dim 80"):
+        make_model(replace(LLAMA, head_dim=80), None, make_tables(tiny(LLAMA), BF16, CPU), 1)
+    with pytest.raises(BitwrightError, match="62 positions"):
+        make_state(tiny(OPT), 1, 1, 63, BF16, CPU)
+    with pytest.raises(BitwrightError, match="float32"):
+        decode.run(decode.Options(tiny(LLAMA), dtype="float32", device="cpu"))
+    with pytest.raises(BitwrightError, match="context 0"):
+        decode.run(decode.Options(tiny(LLAMA), context=0, device="cpu"))
+    with pytest.raises(BitwrightError, match=r"prompts \[\(1, 0\)\]"):
+        prefill.run(prefill.Options(tiny(LLAMA), prompts=((1, 0),), device="cpu"))
+    with pytest.raises(BitwrightError, match="64 GPUs"):
+        fewest_gpus(models("opt-175b"), None, BF16, 512, 1_000_000_000)
