@@ -40,7 +40,7 @@ def quantize(model: str, out: Path, config: str, calibration: str) -> dict[str, 
     """Run `bitwright quantize` for one configuration; what to keep of its answer."""
     scheme, algorithm, *pairs = config.split()
     arguments = ["quantize", model, "--out", str(out), "--scheme", scheme, "--algorithm", algorithm]
-    if algorithm == "gptq":
+    if algorithm in ("gptq", "quik", "sparsegpt"):
         arguments += ["--calibration", calibration]
     for pair in pairs:
         key = pair.partition("=")[0]

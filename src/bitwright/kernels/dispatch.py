@@ -14,10 +14,14 @@ from bitwright.errors import SchemeError
 from bitwright.kernels.cpu import Int4Weight, Int8Dynamic, Int8Weight
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.problem import PackedWeight, Problem
+from bitwright.kernels.split import SplitDequantized, SplitInteger, SplitVNNI
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 IMPLEMENTATIONS: tuple[type[PackedWeight], ...] = (Int8Dynamic, Int8Exact, Int8Weight, Int4Weight, DequantizedWeight)
+# For schemes that are not plain: what QuantizedTensor cannot say is a SplitTensor.
+SPLIT_IMPLEMENTATIONS: tuple[type[PackedWeight], ...] = (SplitVNNI, SplitInteger, SplitDequantized)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def choose(problem: Problem) -> Choice:
 def explain(problem: Problem) -> list[Choice]:
     """Every implementation in order of preference, with what it would do or why it refuses."""
     result = []
-    for implementation in IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS if problem.scheme.plain else SPLIT_IMPLEMENTATIONS:
         refusal = implementation.refuse(problem)
         reason = implementation.describe(problem) if refusal is None else refusal
         result.append(Choice(implementation, reason, refusal is None))
@@ -53,7 +57,7 @@ def explain(problem: Problem) -> list[Choice]:
 
 
 def prepare(
-    qt: QuantizedTensor,
+    qt: QuantizedTensor | SplitTensor,
     scheme: Scheme,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -63,6 +67,11 @@ def prepare(
 
     features: of the CPU; None = this machine's. Raises SchemeError if `qt` is not on the scheme's grid.
     """
+    if isinstance(qt, SplitTensor):
+        if qt.scheme != scheme:
+            raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")
+        choice = choose(problem := Problem.of(qt, scheme, dtype, device, features))
+        return choice.implementation.prepare(qt.to(device), problem), choice
     if qt.scheme != scheme.weight:
         raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")
     choice = choose(problem := Problem.of(qt, scheme, dtype, device, features))

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 AVX512 = "avx512"  # 512-bit vectors
 NATIVE_BF16 = "native-bf16"  # bf16 dot products in hardware; otherwise bf16 GEMMs are emulated and slower than fp32
@@ -40,7 +41,7 @@ class Problem:
     @classmethod
     def of(
         cls,
-        qt: QuantizedTensor,
+        qt: QuantizedTensor | SplitTensor,
         scheme: Scheme,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
@@ -76,8 +77,8 @@ class PackedWeight(ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
-        """Pack `qt`, which stays as it is."""
+    def prepare(cls, qt: Any, problem: Problem) -> Self:
+        """Pack `qt` (a QuantizedTensor; for schemes that are not plain a SplitTensor), which stays as it is."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
