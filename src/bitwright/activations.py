@@ -66,7 +66,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
     y = x.to(torch.float32).reshape(-1, shape[-1])
     h = 1
     while h < block:
-        pair = y.view(y.shape[0], -1, 2, h)
-        y = torch.stack((pair[:, :, 0] + pair[:, :, 1], pair[:, :, 0] - pair[:, :, 1]), dim=2).view(-1, shape[-1])
+        pair = y.view(y.shape[0], shape[-1] // (2 * h), 2, h)
+        y = torch.stack((pair[:, :, 0] + pair[:, :, 1], pair[:, :, 0] - pair[:, :, 1]), dim=2).view(y.shape)
         h *= 2
     return y.view(shape)

@@ -42,6 +42,8 @@ class InputSplit:
                 f"base and outlier columns must name each of the {len(order)} input columns once; "
                 "the indices are damaged"
             )
+        if not 0 < self.clip <= 1:
+            raise FormatError(f"clip {self.clip} is no share of a range; it lies above 0 and at most at 1")
         if self.block and len(self.base_idx) % self.block:
             raise FormatError(f"a rotation over blocks of {self.block} does not fit {len(self.base_idx)} base columns")
 

@@ -92,8 +92,11 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> Sp
             raise FormatError(f"{full(layer, OUTLIER_IDX)} names a column outside the {K} of the input; it is damaged")
         free[outlier_idx] = False
         base_idx = free.nonzero()[:, 0]
+    clip = 1.0
+    if CLIP in tensors:
+        expect(tensors[CLIP], CLIP, (1,), torch.float32, layer)
+        clip = float(tensors[CLIP])
     try:
-        clip = float(tensors[CLIP]) if CLIP in tensors else 1.0
         block = rotation_block(B) if scheme.rotated else 0
         split = InputSplit(base_idx, outlier_idx, scheme.activation_bits, block, clip)
         base = _base(tensors, scheme, N, B, layer)
