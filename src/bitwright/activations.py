@@ -32,7 +32,7 @@ def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
     Inf, and so its outputs.
     """
     values = x.to(torch.float32)
-    scale = values.abs().amax(dim=-1, keepdim=True) / ACTIVATION_MAX
+    scale = _divided(values.abs().amax(dim=-1, keepdim=True), ACTIVATION_MAX)
     scale = torch.where(scale == 0, 1.0, scale)
     return (values / scale).round_().to(torch.int8), scale
 
@@ -44,15 +44,19 @@ def quantize_asymmetric(x: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor, T
     has scale 1, codes 0 and zero point 0. NaN or Inf in a token makes its scale NaN or Inf, and so its outputs.
     """
     values = x.to(torch.float32)
-    ratio = torch.tensor(clip, dtype=torch.float32, device=x.device)
-    lo = values.amin(dim=-1, keepdim=True).clamp_max(0.0) * ratio
-    hi = values.amax(dim=-1, keepdim=True).clamp_min(0.0) * ratio
-    scale = (hi - lo) / _LEVELS
+    lo = values.amin(dim=-1, keepdim=True).clamp_max(0.0) * clip
+    hi = values.amax(dim=-1, keepdim=True).clamp_min(0.0) * clip
+    scale = _divided(hi - lo, _LEVELS)
     idle = scale == 0
     scale = torch.where(idle, 1.0, scale)
     zero = torch.where(idle, 0.0, (-lo / scale).round_() + _LOWEST)
     codes = (values / scale).round_().add_(zero).clamp_(_LOWEST, _LOWEST + _LEVELS)
     return codes.to(torch.int8), scale, zero.to(torch.int8)
+
+
+def _divided(x: Tensor, number: int) -> Tensor:
+    """x / number rounded once. By a plain number torch multiplies with the reciprocal on CUDA, which rounds twice."""
+    return x / torch.full_like(x, number)
 
 
 def rotation_block(K: int) -> int:
