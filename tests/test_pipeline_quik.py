@@ -168,7 +168,7 @@ def test_two_of_four_in_attention_alone_by_a_recipe(wide: Callable[..., Path], t
     recipe = Recipe(
         (
             Rule("self_attn", Scheme.parse("w4a4-o16-24"), "quik"),
-            Rule(r"mlp\.(gate|up)", Scheme.parse("w4a8"), "quik", {"after_activation": None}),
+            Rule(r"mlp\.(gate|up)", Scheme.parse("w4a8"), "quik", {"after_activation": "same"}),
             Rule(".", Scheme.parse("w16a16-24"), "sparsegpt"),
         )
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitwright.algorithms import finequant
 from bitwright.algorithms.gptq import GPTQOptions
-from bitwright.algorithms.quik import QUIKOptions, SparseGPTOptions, check_columns
+from bitwright.algorithms.quik import SAME, QUIKOptions, SparseGPTOptions, check_columns
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.formats import Format, choose, portability
 from bitwright.formats.portability import FUSED
@@ -182,7 +182,7 @@ def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
     _check_algorithm(x.name, scheme, algorithm)
     reason = assignment.reason
     if isinstance(options, QUIKOptions):
-        if x.after_activation and options.after_activation is not None:
+        if x.after_activation and options.after_activation != SAME:
             scheme, reason = after_activation(scheme, options), f"{reason}; it reads the activation function's output"
         scheme = scheme.resolved(x.K, hidden if options.proportional else None)
     else:
@@ -194,7 +194,6 @@ def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
 def after_activation(scheme: Scheme, options: QUIKOptions) -> Scheme:
     """The scheme of a linear behind the activation function: the option's, with the outliers, rotation and 2:4 of the
     others where it asks for w8a8 or the like and says nothing itself. Weight-only schemes stay as they are."""
-    assert options.after_activation is not None
     asked = Scheme.parse(options.after_activation)
     if scheme.activation_bits == UNQUANTIZED_BITS or not asked.plain:
         return scheme if asked.plain else asked

@@ -32,6 +32,7 @@ from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 from bitwright.split import InputSplit, SplitTensor
 
 Measure = Literal["max", "energy"]
+SAME = "same"
 # Shares of a token's range that are tried for 4-bit activation grids.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -41,13 +42,13 @@ class QUIKOptions(GPTQOptions):
     """Options of gptq, and: threshold: an input whose calibrated max|x| is not above it takes no outliers. measure:
     what makes a column an outlier, its largest |x| or its mean square. proportional: a count of outliers is meant for
     the model's hidden size and grows with wider inputs. after_activation: scheme of linears that read the output of the
-    activation function (w8a8 there takes the outliers, rotation and 2:4 of the others), None = as all others. clip:
+    activation function (w8a8 there takes the outliers, rotation and 2:4 of the others), "same" = as all others. clip:
     search the range of 4-bit activation grids."""
 
     threshold: float = 0.0
     measure: Measure = "max"
     proportional: bool = True
-    after_activation: str | None = "w8a8"
+    after_activation: str = "w8a8"
     clip: bool = True
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class QUIKOptions(GPTQOptions):
 class SparseGPTOptions(QUIKOptions):
     """The same for 2:4 (sparsegpt.py): the linears behind the activation function are treated as all others."""
 
-    after_activation: str | None = None
+    after_activation: str = SAME
 
 
 @dataclass(frozen=True)
