@@ -183,7 +183,8 @@ def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
     reason = assignment.reason
     if isinstance(options, QUIKOptions):
         if x.after_activation and options.after_activation != SAME:
-            scheme, reason = after_activation(scheme, options), f"{reason}; it reads the activation function's output"
+            scheme = after_activation(scheme, options)
+            reason += "; it reads the activation function's output" if scheme != assignment.scheme else ""
         scheme = scheme.resolved(x.K, hidden if options.proportional else None)
     else:
         scheme = scheme.resolved(x.K)
