@@ -21,6 +21,8 @@ from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import InputSplit, SplitTensor
 
 _CHUNK = 1 << 20  # codes unpacked at a time: 1 MB
+_SUMS = 1 << 18  # sums of products at a time: 1 MB as int32, and 1 MB as float32
+_ROWS = 64
 _EXACT_COLUMNS = 1024  # 1024 · 127 · 128 < 2^24: a float32 sum of that many products of int8 codes is exact
 
 
@@ -62,20 +64,22 @@ class SplitInteger(PackedWeight):
             codes, scale = quantize_symmetric(base)
         else:
             codes, scale, zero = quantize_asymmetric(base, self._split.clip)
-        y = torch.empty(x.shape[0], N, device=x.device)
+        y = x.new_empty(x.shape[0], N)
         if not x.shape[0]:
-            return y.to(self.dtype)
-        step = max(8, _CHUNK // B)
+            return y
+        outliers = outliers.to(torch.float32)
+        # As many rows of the weight at a time as keep codes and sums in cache.
+        step = max(_ROWS, min(_CHUNK // B, _SUMS // x.shape[0]) // _ROWS * _ROWS)
         for n in range(0, N, step):
             rows = slice(n, min(n + step, N))
             acc = self._products(codes, self._unpacked(rows))
             if zero is not None:
-                acc -= zero.to(acc.dtype) * self._row_sums[:, rows].to(acc.dtype)
-            y[:, rows] = acc
-        y.mul_(scale).mul_(self._scale)
-        if len(self._outliers):
-            y += outliers.to(torch.float32) @ self._outliers
-        return y.to(self.dtype)
+                acc.sub_(zero.to(acc.dtype) * self._row_sums[:, rows].to(acc.dtype))
+            part = acc.to(torch.float32).mul_(scale).mul_(self._scale[:, rows])
+            if len(outliers[0]):
+                part.add_(outliers @ self._outliers[:, rows])
+            y[:, rows] = part
+        return y
 
     def _products(self, codes: Tensor, weight: Tensor) -> Tensor:
         """codes int8 [M, B] times weight int8 [n, B], exact integers [M, n] of any dtype that holds them."""
