@@ -21,7 +21,8 @@ from torch import Tensor
 ACTIVATION_MAX = 127
 _LEVELS = 15
 _LOWEST = -8
-# Larger blocks mix better but cost a kernel more passes over its registers; what is gained above is small.
+# Larger blocks mix better but cost a kernel more passes over its registers; what is gained above is small. Checkpoints
+# do not store the block, they store that there is one: changing this number needs a new version of the native format.
 MAX_ROTATION_BLOCK = 1024
 
 
