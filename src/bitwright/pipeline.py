@@ -362,7 +362,7 @@ def _calibrated_groups(groups: Sequence[Group], block: Block, plan: Plan) -> lis
         for n in group.names:
             entry = plan.entries.get(f"{block.name}.{n}")
             if entry is not None and entry.algorithm in CALIBRATED:
-                parts.setdefault((entry.scheme, entry.options) if entry.split else None, []).append(n)
+                parts.setdefault(None if entry.scheme.plain else (entry.scheme, entry.options), []).append(n)
         out += [replace(group, names=tuple(names)) for names in parts.values()]
     return out
 

@@ -36,11 +36,6 @@ class Entry:
     options: Any
     reason: str
 
-    @property
-    def split(self) -> bool:
-        """Whether calibration sees its input as the integer product does: split, or (by quik) quantized alone."""
-        return not self.scheme.plain or (self.algorithm == "quik" and self.scheme.activation_bits < UNQUANTIZED_BITS)
-
 
 @dataclass(frozen=True)
 class Plan:

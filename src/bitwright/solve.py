@@ -50,7 +50,7 @@ def choose_splits(
 
     block: with its original weights; hidden: what enters it. Costs one more forward a micro-batch where there is any.
     """
-    asked = [group for group in groups if entries[group.names[0]].split]
+    asked = [group for group in groups if not entries[group.names[0]].scheme.plain]
     if not asked:
         return {}
     seen = profiles(block, hidden, calls, [group.names[0] for group in asked])
@@ -76,8 +76,6 @@ def install(module: nn.Module, name: str, tensor: Quantized) -> None:
             linear = SimulatedLinear.of(linear, tensor.split)
             replace_module(module, name, linear)
         linear.install(tensor)
-    elif isinstance(linear, SimulatedLinear):
-        linear.weight = nn.Parameter(linear.split.arrange_weight(tensor.dequantize()), requires_grad=False)
     else:
         linear.weight = nn.Parameter(tensor.dequantize(linear.weight.dtype), requires_grad=False)
 
@@ -122,7 +120,7 @@ def solve_group(
                     tensor = rtn(W, scheme.weight, search=options.search, scale_dtype=dtype)
                 else:
                     Wz = stats.split.arrange_weight(W)
-                    tensor = _least(round_to_nearest(Wz, scheme, stats.split, options.search, dtype))
+                    tensor = round_to_nearest(Wz, scheme, stats.split, options.search, dtype)
                 why = f"rtn: calibration sent {stats.tokens} tokens here, fewer than {MIN_EXPERT_TOKENS}"
                 out[name] = tensor, {**_record(e, W, tensor), "tokens": stats.tokens, "fallback": why}
             continue
@@ -139,7 +137,7 @@ def solve_group(
         for e, name in zip(members, names, strict=True):
             rows = slice(begin, begin + e.linear.N)
             begin += e.linear.N
-            tensor = _least(_rows(result.tensor, rows))
+            tensor = _rows(result.tensor, rows)
             out[name] = tensor, {**_record(e, weights[name], tensor), **_calibrated(result, rows, stats)}
     return out
 
@@ -151,15 +149,6 @@ def _rows(tensor: Quantized, rows: slice) -> Quantized:
         return replace(tensor, base=part, outliers=tensor.outliers[rows].contiguous())
     zero = None if tensor.zero_point is None else tensor.zero_point[rows].contiguous()
     return QuantizedTensor(tensor.codes[rows].contiguous(), tensor.scale[rows].contiguous(), zero, tensor.scheme)
-
-
-def _least(tensor: Quantized) -> Quantized:
-    """A plain scheme's QuantizedTensor out of the split one that calibration worked with: its input has no outliers and
-    keeps its order."""
-    if isinstance(tensor, SplitTensor) and tensor.scheme.plain:
-        assert isinstance(tensor.base, QuantizedTensor), "a plain scheme is a grid"
-        return tensor.base
-    return tensor
 
 
 def _record(entry: Entry, W: Tensor, tensor: Quantized) -> dict[str, Any]:
