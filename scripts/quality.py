@@ -4,7 +4,8 @@
         --config "w4a16-g64 gptq seed=0 num_samples=32 seq_len=512" --config "w4a16-g64 rtn" --config fp
 
 A configuration is a scheme, an algorithm, and key=value pairs: `seed`, `num_samples`, `seq_len` and `format` go to the
-call, all others to the algorithm as options. `fp` evaluates the model itself. Every step is a process of its own, the
+call, all others to the algorithm as options. `fp` evaluates the model itself; `NAME.toml recipe` and pairs for the call
+use a file of benchmarks/recipes. Every step is a process of its own, the
 command line with --json, so that seconds and peak memory are those of that step. A configuration whose record is
 there already is skipped, so the script can be run again after an interruption.
 """
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.jsonl"
+RECIPES = RECORDS.parent / "recipes"
 CALL_KEYS = ("seed", "num_samples", "seq_len", "format")
+DATA_FREE = ("rtn", "finequant")
 
 
 def run_json(arguments: list[str]) -> dict[str, Any]:
@@ -39,8 +42,11 @@ def run_json(arguments: list[str]) -> dict[str, Any]:
 def quantize(model: str, out: Path, config: str, calibration: str) -> dict[str, Any]:
     """Run `bitwright quantize` for one configuration; what to keep of its answer."""
     scheme, algorithm, *pairs = config.split()
-    arguments = ["quantize", model, "--out", str(out), "--scheme", scheme, "--algorithm", algorithm]
-    if algorithm == "gptq":
+    how = (
+        ["--recipe", str(RECIPES / scheme)] if algorithm == "recipe" else ["--scheme", scheme, "--algorithm", algorithm]
+    )
+    arguments = ["quantize", model, "--out", str(out), *how]
+    if algorithm not in DATA_FREE:
         arguments += ["--calibration", calibration]
     for pair in pairs:
         key = pair.partition("=")[0]

@@ -31,6 +31,9 @@ README = ROOT / "README.md"
 
 UNQUANTIZED = "fp"
 FAMILIES = ("opt", "falcon", "mixtral")
+DATA_FREE = ("rtn", "finequant")
+# Algorithms of the tables `quality` and `finequant`; what is split or pruned has tables of its own.
+WEIGHTS_ALONE = ("", "gptq", "rtn", "finequant")
 # What `bitwright quantize` takes where a configuration says nothing.
 DEFAULT_CALIBRATION = {"num_samples": "128", "seq_len": "2048"}
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -41,7 +44,7 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class Config:
     """A configuration as scripts/quality.py spells it, taken apart. algorithm is empty for `fp`; options are sorted and
-    hold neither seed nor calibration; calibration is "32 × 512" for gptq, else empty."""
+    hold neither seed nor calibration; calibration is "32 × 512" for gptq and the like, empty for data-free ones."""
 
     scheme: str
     algorithm: str = ""
@@ -58,7 +61,7 @@ class Config:
         options = dict(pair.split("=", 1) for pair in pairs)
         options.pop("seed", None)
         samples = {key: options.pop(key, default) for key, default in DEFAULT_CALIBRATION.items()}
-        calibration = f"{samples['num_samples']} × {samples['seq_len']}" if algorithm == "gptq" else ""
+        calibration = "" if algorithm in DATA_FREE else f"{samples['num_samples']} × {samples['seq_len']}"
         return cls(scheme, algorithm, tuple(sorted(options.items())), calibration)
 
     @property
@@ -143,12 +146,12 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
 
 def quality(rows: Sequence[Row]) -> str:
     """SmolLM2 by gptq and rtn."""
-    return _table([row for row in rows if row.model.startswith("SmolLM2") and row.config.algorithm != "finequant"])
+    return _table([row for row in _smol(rows) if row.config.algorithm != "finequant"])
 
 
 def finequant(rows: Sequence[Row]) -> str:
     """SmolLM2 by finequant, beside uniform rtn."""
-    ours = [row for row in rows if row.model.startswith("SmolLM2")]
+    ours = _smol(rows)
     if not any(row.config.algorithm == "finequant" for row in ours):
         return _NOTHING
     return _table([row for row in ours if row.config.algorithm != "gptq"])
@@ -156,13 +159,50 @@ def finequant(rows: Sequence[Row]) -> str:
 
 def families(rows: Sequence[Row]) -> str:
     """The small trained models of other families, each relative to itself unquantized."""
-    return _table([row for row in rows if row.model in FAMILIES], relative=True)
+    return _table([row for row in rows if row.model in FAMILIES and not _split(row)], relative=True)
+
+
+def quik(rows: Sequence[Row]) -> str:
+    """Quantized activations on SmolLM2, and its outlier columns without them; nothing pruned."""
+    ours = [row for row in rows if row.model.startswith("SmolLM2") and "-24" not in row.config.scheme]
+    return _of_kind(ours, lambda row: _split(row) and not row.config.scheme.endswith(".toml"))
+
+
+def sparse(rows: Sequence[Row]) -> str:
+    """2:4 on SmolLM2."""
+    ours = [row for row in rows if row.model.startswith("SmolLM2")]
+    return _of_kind(ours, lambda row: "-24" in row.config.scheme)
+
+
+def quik_families(rows: Sequence[Row]) -> str:
+    """Quantized activations and 2:4 on the small trained models of other families."""
+    return _of_kind([row for row in rows if row.model in FAMILIES], _split)
+
+
+def _smol(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.model.startswith("SmolLM2") and not _split(row)]
+
+
+def _split(row: Row) -> bool:
+    """Whether a row is of an algorithm, or a scheme, beyond weights on a grid."""
+    return row.config.algorithm not in WEIGHTS_ALONE or not re.search(r"a16|^fp$", row.config.scheme)
+
+
+def _of_kind(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> str:
+    """The rows that are wanted, relative to the unquantized model on the same windows."""
+    chosen = [row for row in rows if wanted(row)]
+    windows = {(row.model, row.windows, row.seq_len) for row in chosen}
+    base = [r for r in rows if r.config.scheme == UNQUANTIZED and (r.model, r.windows, r.seq_len) in windows]
+    return _table(base + chosen, relative=True) if chosen else _NOTHING
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "quality": quality,
     "families": families,
     "finequant": finequant,
+    "quik": quik,
+    "sparse": sparse,
+    "quik-families": quik_families,
 }
 _NOTHING = "*No records yet; `scripts/quality.py` makes them.*\n"
 
@@ -229,7 +269,8 @@ def _caption(rows: Sequence[Row], divergence: bool) -> str:
         said.append(f"KL(unquantized ‖ quantized) in nats per token and top-1 agreement{partly} on {texts}")
     calibrations = sorted({row.config.calibration for row in rows} - {""})
     if len(calibrations) == 1:
-        said.append(f"gptq calibrated on {calibrations[0]} tokens")
+        methods = sorted({row.config.algorithm for row in rows if row.config.calibration} - {"recipe"})
+        said.append(f"{' and '.join(methods)} calibrated on {calibrations[0]} tokens")
     counts = _seed_counts(rows)
     if len(counts) == 1 and counts != {1}:
         said.append(f"means over {_seeds(*counts)}")

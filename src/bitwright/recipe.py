@@ -39,7 +39,8 @@ from typing import Any
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.scheme import Scheme
 
-ALGORITHMS = ("gptq", "rtn", "finequant")
+ALGORITHMS = ("gptq", "rtn", "finequant", "quik", "sparsegpt")
+CALIBRATED = ("gptq", "quik", "sparsegpt")  # those that need text
 SPECIAL_NAMES = ("lm_head", "embedding")
 SPECIAL_BITS = 8
 _KEYS = ("match", "scheme", "algorithm", "options", "keep")
@@ -154,7 +155,8 @@ class Recipe:
 
 def _check_special(name: str, rule: Rule, number: int) -> None:
     assert rule.scheme is not None
-    if rule.scheme.weight.bits != SPECIAL_BITS or rule.scheme.activation_bits != 16:
+    plain = rule.scheme.plain and rule.scheme.activation_bits == 16
+    if rule.scheme.weight.bits != SPECIAL_BITS or not plain:
         raise RecipeError(
             f"rule {number} gives {name} the scheme {rule.scheme}; it takes {SPECIAL_BITS}-bit weights with 16-bit "
             f"activations only, for example w8a16, or keep = true"

@@ -16,7 +16,7 @@ Minimises ||W X - Q X||^2 row by row over a grid, given H = mean x^T x of the in
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -68,12 +68,13 @@ class GPTQOptions:
             )
 
     @classmethod
-    def parse(cls, options: dict[str, Any]) -> GPTQOptions:
+    def parse(cls, options: dict[str, Any]) -> Self:
         """Options by name; an unknown one is a SchemeError that lists the known ones."""
         known = {f.name for f in fields(cls)}
         for name in options:
             if name not in known:
-                raise SchemeError(f"unknown gptq option {name!r}; known: {', '.join(sorted(known))}")
+                method = cls.__name__.removesuffix("Options").lower()
+                raise SchemeError(f"unknown {method} option {name!r}; known: {', '.join(sorted(known))}")
         return cls(**options)
 
 
@@ -113,11 +114,11 @@ def gptq(
         return _result(tensor, W, H, DAMP_CEILING, fallback="rtn: the Hessian has no factor with damping up to 1")
     T = W
     if correction is not None and options.target_strength > 0:
-        T = T + options.target_strength * _times_inverse(correction, factor)
+        T = T + options.target_strength * times_inverse(correction, factor)
     T = torch.where(factor.dead, torch.zeros_like(T), T)
 
     if options.static_groups:
-        grid = choose_grid(T, scheme, options.search, _column_weight(H, factor, options.weighting), scale_dtype)
+        grid = choose_grid(T, scheme, options.search, column_weight(H, factor, options.weighting), scale_dtype)
         Q = _sweep_static(T, factor, grid, options.block_size)
     else:
         Q, grid = _sweep_dynamic(T, H, factor, scheme, options, scale_dtype)
@@ -136,7 +137,7 @@ def _result(
     return GPTQResult(tensor, proxy_loss(tensor.dequantize(), T, H), energy, damp_percent, dead, fallback)
 
 
-def _times_inverse(D: Tensor, factor: Factor) -> Tensor:
+def times_inverse(D: Tensor, factor: Factor) -> Tensor:
     """D H^-1 [N, K] with the damped H of `factor`."""
     out = torch.empty_like(D)
     out[:, factor.perm] = (D[:, factor.perm] @ factor.U.T) @ factor.U
@@ -161,7 +162,8 @@ def column_order(H: Tensor, group_size: int | None, act_order: ActOrder) -> Tens
     return inner[torch.argsort(rank[group[inner]], stable=True)]
 
 
-def _column_weight(H: Tensor, factor: Factor, weighting: Weighting) -> Tensor | None:
+def column_weight(H: Tensor, factor: Factor, weighting: Weighting) -> Tensor | None:
+    """What a column's error weighs in the search for a grid: fp32 [K] in the original order, None = all alike."""
     if weighting == "none":
         return None
     diagonal = H.diagonal()
@@ -212,7 +214,7 @@ def _sweep_dynamic(
     group = (perm // g).tolist()
     starts = [j for j in range(K) if j == 0 or group[j] != group[j - 1]]
     ends = dict(zip(starts, [*starts[1:], K], strict=True))
-    weight = _column_weight(H, factor, options.weighting)
+    weight = column_weight(H, factor, options.weighting)
     G = scheme.num_groups(K)
     scales = torch.ones(T.shape[0], G, device=T.device)
     zeros = None if scheme.symmetric else torch.zeros_like(scales)

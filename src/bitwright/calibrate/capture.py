@@ -121,6 +121,21 @@ def stopping(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def observing(block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see(name, x)` is called with the input of each of the submodules `names` at every call."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def first_tensor(output: Any) -> Tensor:
     """The hidden states of a block's output, which is a tensor or a tuple that begins with it."""
     if isinstance(output, Tensor):

@@ -13,7 +13,7 @@ without, each group starts the forwards anew (more arithmetic, memory of one mic
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bitwright.algorithms.hessian import Gram
 from bitwright.calibrate.capture import Call, Forward, Group, Stop, stopping
 from bitwright.errors import NumericsError, StructureError
+from bitwright.split import InputSplit
 
 
 @dataclass
@@ -33,19 +34,23 @@ class Streams:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the solver of one group asks for: sink_weight of each sequence's first token in H; whether a correction."""
+    """What the solver of one group asks for: sink_weight of each sequence's first token in H; whether a correction;
+    split: statistics of the arranged input as the integer product sees it (bitwright.split), not of the input."""
 
     sink_weight: float = 1.0
     correction: bool = False
+    split: InputSplit | None = None
 
 
 @dataclass
 class Statistics:
-    """What was gathered at one group's input: H [K, K] mean x^T x, fp32; tokens; a correction D [N, K] per linear."""
+    """What was gathered at one group's input: H [K, K] mean x^T x, fp32; tokens; a correction D [N, K] per linear;
+    split: that of `Needs`, in whose arranged form H and D are."""
 
     H: Tensor
     tokens: int
     corrections: dict[str, Tensor] = field(default_factory=dict)
+    split: InputSplit | None = None
 
 
 class _Gathering:
@@ -55,7 +60,9 @@ class _Gathering:
     def __init__(self, group: Group, weights: dict[str, Tensor], needs: Needs, routed: bool) -> None:
         first = next(iter(weights.values()))
         N, K = first.shape
-        self.group, self.weights = group, weights
+        self.group, self.weights, self.split = group, weights, needs.split
+        if needs.split is not None and needs.correction:
+            self.weights = {name: needs.split.arrange_weight(weight) for name, weight in weights.items()}
         self.root = 1.0 if routed else needs.sink_weight**0.5
         self.gram = Gram(K, first.device)
         # A writer's correction is summed in output space [N, K]; shared inputs sum (y - x)^T x [K, K] once for all.
@@ -65,12 +72,13 @@ class _Gathering:
         """x, y: the group's input in both streams, made from hidden states of `shape` [B, L, D]; drift [B, L, D]:
         reference minus quantized residual stream there."""
         L, K = shape[1], x.shape[-1]
-        x = x.reshape(-1, K).float()
+        x = x.reshape(-1, K).float() if self.split is None else self.split.seen(x.reshape(-1, K))
         scaled = _scale_first(x, L, self.root)
         self.gram.add(scaled)
         if self.cross is None or y is None:
             return
-        d = y.reshape(-1, K).float() - x
+        y = y.reshape(-1, K).float() if self.split is None else self.split.arrange(y.reshape(-1, K))
+        d = y - x
         if self.group.writes:
             weight = self.weights[self.group.names[0]]
             d = d @ weight.float().T
@@ -87,7 +95,7 @@ class _Gathering:
                 f"activations entering {names} hold NaN or Inf (or overflow float32 when squared); "
                 "the source model itself produces them on this text: try dtype float32 or other calibration text"
             )
-        stats = Statistics(H, self.gram.tokens)
+        stats = Statistics(H, self.gram.tokens, split=self.split)
         if self.cross is not None:
             mean = self.cross / max(1, self.gram.tokens)
             for name, weight in self.weights.items():
@@ -183,7 +191,7 @@ def run_block(
         apart = group.names[0] in routed
         possible = asked.correction and reference is not None and not apart
         weights = {name: originals.get_submodule(name).weight.detach() for name in group.names}
-        return _Gathering(group, weights, Needs(asked.sink_weight, possible), apart)
+        return _Gathering(group, weights, replace(asked, correction=possible), apart)
 
     def gather(into: _Gathering, pair: _Pair, stops: tuple[Stop | None, Stop | None]) -> None:
         stop, other = stops

@@ -81,7 +81,7 @@ def _model_for_people(source: SourceModel) -> dict[str, Any]:
     weights = sum(x.numel for x in linears)
     classes = sorted({block.class_name for block in structure.blocks})
     scheme = suggested_scheme(x.K for x in linears)
-    bits = sum(scheme.weight.bits_per_weight(x.K) * x.numel for x in linears)
+    bits = sum(scheme.bits_per_weight(x.N, x.K) * x.numel for x in linears)
     shown: dict[str, Any] = {
         "quantized": False,
         "model_class": structure.model_class,

@@ -17,10 +17,18 @@ def quantize(
     model: options.Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, unless --overwrite.")],
     scheme: Annotated[
-        str | None, typer.Option(help="w<bits>a<bits>[-g<group_size>][-asym]: w4a16-g128, w3a16-g64-asym, w8a8.")
+        str | None,
+        typer.Option(
+            help="w<bits>a<bits>[-g<group_size>][-asym][-o<outliers>][-rot][-24]: w4a16-g128, w3a16-g64-asym, w8a8, "
+            "w4a4-o256-rot, w4a16-g128-24."
+        ),
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="gptq (needs text), or rtn or finequant (data-free).", show_default="gptq")
+        str | None,
+        typer.Option(
+            help="gptq, quik (outliers, 4-bit activations) or sparsegpt (2:4), which need text; or rtn or finequant.",
+            show_default="gptq",
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="TOML", help="Rules per layer, instead of --scheme and --algorithm.")
@@ -60,6 +68,7 @@ def quantize(
 
     \b
     bitwright quantize MODEL --out MODEL-w4 --scheme w4a16-g128 --calibration speeches.txt
+    bitwright quantize MODEL --out MODEL-w4a4 --scheme w4a4-o256-rot --algorithm quik --calibration speeches.txt
     bitwright quantize MODEL --out MODEL-w8 --scheme w8a16 --algorithm rtn
     bitwright quantize MODEL --out MODEL-mix --recipe recipe.toml --calibration hf:wikitext:wikitext-2-raw-v1
 

@@ -16,6 +16,7 @@ from bitwright.formats import compressed_tensors, native
 from bitwright.formats.portability import portability
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 __all__ = ["FORMATS", "Format", "choose", "portability", "reader"]
 
@@ -33,9 +34,11 @@ class Format(Protocol):
         self, schemes: Mapping[str, Scheme], widths: Mapping[str, int], classes: Mapping[str, str] | None = None
     ) -> list[str]: ...
 
-    def pack(self, qt: QuantizedTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]: ...
+    def pack(self, qt: QuantizedTensor | SplitTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]: ...
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> QuantizedTensor: ...
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = ""
+    ) -> QuantizedTensor | SplitTensor: ...
 
     def write_config(
         self, schemes: Mapping[str, Scheme], ignore: Sequence[str], classes: Mapping[str, str]

@@ -32,6 +32,7 @@ from bitwright.formats import dense, targets
 from bitwright.packing import pack_rows, packed_words
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme, WeightScheme
+from bitwright.split import SplitTensor
 
 NAME = "compressed-tensors"
 WRITTEN_VERSION = "0.20.0"  # the release whose layout is written; before 0.18, 3-bit words were padded
@@ -50,6 +51,8 @@ _PADDED_PER_WORD = 10  # 3-bit values in a word before 0.18
 
 def can_express(scheme: Scheme, K: int, class_name: str = LINEAR) -> str | None:
     """None if a width-K module of this class can be stored so that others load it, else the reason and the way out."""
+    if not scheme.plain:
+        return f"{scheme}: no reader takes outlier columns, rotations, 2:4 or such activations; use native"
     g = scheme.weight.group_size
     if g is not None and K % g:
         divisors = [d for d in (32, 64, 128, 256) if K % d == 0 and d != g]
@@ -89,12 +92,14 @@ def objections(
     return reasons
 
 
-def pack(qt: QuantizedTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]:
+def pack(qt: QuantizedTensor | SplitTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]:
     """Local tensors of one linear: `dense` keys, or int8 ``weight`` and ``weight_scale`` for 8-bit activations.
 
     `layer` only names it in errors. Raises FormatError for a ragged last group, a scale that is not 16-bit, or columns
     in activation order.
     """
+    if isinstance(qt, SplitTensor):
+        raise FormatError(f"{layer or 'weight'}: {can_express(qt.scheme, qt.shape[1])}")
     if qt.scheme != scheme.weight:
         raise FormatError(f"{layer or 'weight'}: quantized at {Scheme(qt.scheme)}, but the config would say {scheme}")
     reason = can_express(scheme, qt.shape[1])

@@ -1,8 +1,9 @@
 r"""bitwright's own format, for what compressed-tensors cannot say: ragged last groups, experts that differ in scheme,
-quantized embeddings.
+quantized embeddings, outlier columns, 4-bit activations, 2:4.
 
-Tensors lie as `dense` describes, for every scheme alike (w8a8 codes too: packed 8-bit words are the int8 bytes offset
-by 128). The config lists the scheme string per module, exact names or ``re:`` patterns that match the whole name::
+Tensors lie as `dense` describes for every plain scheme (w8a8 codes too: packed 8-bit words are the int8 bytes offset
+by 128), and as `split` describes for the others. The config lists the scheme string per module, exact names or ``re:``
+patterns that match the whole name::
 
     {"quant_method": "bitwright", "format_version": 1,
      "schemes": {"w4a16-g128": ["re:model\\.layers\\.\\d+\\.mlp\\.up_proj$"], "w8a16": ["lm_head"]},
@@ -20,9 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from bitwright.errors import FormatError, SchemeError
-from bitwright.formats import dense, targets
+from bitwright.formats import dense, split, targets
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 NAME = "native"
 QUANT_METHOD = "bitwright"
@@ -41,15 +43,22 @@ def objections(
     return []
 
 
-def pack(qt: QuantizedTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]:
-    """Local tensors of one module, `dense` keys. `layer` only names it in errors."""
+def pack(qt: QuantizedTensor | SplitTensor, scheme: Scheme, layer: str = "") -> dict[str, Tensor]:
+    """Local tensors of one module, `dense` keys, or `split` keys. `layer` only names it in errors."""
+    if isinstance(qt, SplitTensor):
+        if qt.scheme != scheme:
+            raise FormatError(f"{layer or 'weight'}: quantized at {qt.scheme}, but the config would say {scheme}")
+        return split.pack(qt, layer)
     if qt.scheme != scheme.weight:
         raise FormatError(f"{layer or 'weight'}: quantized at {Scheme(qt.scheme)}, but the config would say {scheme}")
     return dense.pack(qt, layer)
 
 
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> QuantizedTensor:
-    """The QuantizedTensor of one module's local tensors; FormatError names the tensor that is malformed."""
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> QuantizedTensor | SplitTensor:
+    """The QuantizedTensor of one module's local tensors, a SplitTensor where the scheme is not plain; FormatError names
+    the tensor that is malformed."""
+    if not scheme.plain:
+        return split.unpack(tensors, scheme, layer)
     return dense.unpack(tensors, scheme.weight, layer)
 
 

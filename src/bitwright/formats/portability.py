@@ -33,6 +33,9 @@ def portability(
     # Without widths every group is taken to divide.
     known = {name: widths[name] if widths else scheme.weight.group_size or 1 for name, scheme in schemes.items()}
     reasons = compressed_tensors.objections(schemes, known, classes)
+    split = sorted({str(scheme) for scheme in schemes.values() if not scheme.plain})
+    if split:
+        reasons = [f"no other holds {', '.join(split)}"]
     if reasons or requested == "native":
         why = f", because {reasons[0]}" if reasons else ""
         return [

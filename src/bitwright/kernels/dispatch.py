@@ -16,8 +16,10 @@ from bitwright.kernels.cuda import GluonWeight, TritonWeight
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.problem import Implementation, PackedWeight, Problem
+from bitwright.kernels.split import SplitDequantized, SplitInteger, SplitVNNI
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
     Int8Dynamic,
@@ -28,6 +30,8 @@ IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
     TritonWeight,
     DequantizedWeight,
 )
+# For schemes that are not plain: what QuantizedTensor cannot say is a SplitTensor.
+SPLIT_IMPLEMENTATIONS: tuple[type[Implementation], ...] = (SplitVNNI, SplitInteger, SplitDequantized)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def choose(problem: Problem) -> Choice:
 def explain(problem: Problem) -> list[Choice]:
     """Every implementation in order of preference, with what it would do or why it refuses."""
     result = []
-    for implementation in IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS if problem.scheme.plain else SPLIT_IMPLEMENTATIONS:
         refusal = implementation.refuse(problem)
         reason = implementation.describe(problem) if refusal is None else refusal
         result.append(Choice(implementation, reason, refusal is None))
@@ -63,7 +67,7 @@ def explain(problem: Problem) -> list[Choice]:
 
 
 def prepare(
-    qt: QuantizedTensor,
+    qt: QuantizedTensor | SplitTensor,
     scheme: Scheme,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -75,6 +79,11 @@ def prepare(
     permutation of the activations, whatever the implementation. Raises SchemeError if `qt` is not on the scheme's grid,
     BitwrightError if there is no such device.
     """
+    if isinstance(qt, SplitTensor):
+        if qt.scheme != scheme:
+            raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")
+        choice = choose(problem := Problem.of(qt, scheme, dtype, device, features))
+        return choice.implementation.prepare(qt.to(device), problem), choice
     if qt.scheme != scheme.weight:
         raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")
     choice = choose(problem := Problem.of(qt, scheme, dtype, device, features))

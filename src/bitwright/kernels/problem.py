@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from bitwright.errors import BitwrightError
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 AVX512 = "avx512"  # 512-bit vectors
 NATIVE_BF16 = "native-bf16"  # bf16 dot products in hardware; otherwise bf16 GEMMs are emulated and slower than fp32
@@ -50,7 +51,7 @@ class Problem:
     @classmethod
     def of(
         cls,
-        qt: QuantizedTensor,
+        qt: QuantizedTensor | SplitTensor,
         scheme: Scheme,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
@@ -124,8 +125,11 @@ class Implementation(PackedWeight):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
-        """Pack `qt`, which stays as it is. Columns are taken as stored: `dispatch.prepare` sees to `qt.order`."""
+    def prepare(cls, qt: Any, problem: Problem) -> Self:
+        """Pack `qt` (a QuantizedTensor, or a SplitTensor for schemes that are not plain), which stays as it is.
+
+        Columns are taken as stored: `dispatch.prepare` sees to `qt.order`.
+        """
 
 
 @cache

@@ -10,7 +10,9 @@ silence is worse than none. What is left out on purpose stands in the result wit
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from bitwright.errors import StructureError
@@ -143,6 +145,8 @@ def _block(model: nn.Module, name: str, block: nn.Module) -> Block:
             f"{name}: {100 * unknown / (known + unknown):.0f} % of its matrix weights are in parameters that are no "
             f"linears (first {odd[0].name} {list(odd[0].shape)}: {odd[0].reason}); this model is not supported"
         )
+    after = {f"{name}.{path}" for path in _after_activation(block)}
+    linears = [replace(x, after_activation=x.name in after) for x in linears]
     router_names = tuple(k.name for k in kept if k.reason.startswith("router"))
     return Block(name, type(block).__name__, tuple(linears), experts, router_names, tuple(kept), vector_params)
 
@@ -187,12 +191,48 @@ def _stack(model: nn.Module, name: str, path: str, module: nn.Module) -> ExpertS
     if len(upper) != 1 + gated or len(lower) != 1:
         raise refuse(f"on disk an expert is made of {upper + lower}")
 
-    def linears(leaf: str, N: int, K: int) -> tuple[Linear, ...]:
+    def linears(leaf: str, N: int, K: int, after: bool = False) -> tuple[Linear, ...]:
         names = [f"{name}.{e}.{leaf}" for e in range(E)]
-        return tuple(Linear(n, N, K, False, "Linear", disk_name=n) for n in names)
+        return tuple(Linear(n, N, K, False, "Linear", disk_name=n, after_activation=after) for n in names)
 
     gate = linears(upper[0], inner, hidden) if gated else ()
-    return ExpertStack(name, path, kind, E, gate, linears(upper[-1], inner, hidden), linears(lower[0], hidden, inner))
+    down = linears(lower[0], hidden, inner, after=True)
+    return ExpertStack(name, path, kind, E, gate, linears(upper[-1], inner, hidden), down)
+
+
+def _after_activation(block: nn.Module) -> set[str]:
+    """Paths of the linears that read the output of an activation function.
+
+    They are found beside it: in a module that owns an activation and linears, the last of those, if it maps back what
+    an earlier one of them maps there (up [I, H], down [H, I]).
+    """
+    found = set()
+    for path, module in block.named_modules():
+        own = [(leaf, m) for leaf, m in module.named_children() if isinstance(m, nn.Linear)]
+        if len(own) < 2 or not any(_is_activation(m) for m in module.children()):
+            continue
+        leaf, last = own[-1]
+        N, K = last.weight.shape
+        if any(tuple(m.weight.shape) == (K, N) for _, m in own[:-1]):
+            found.add(f"{path}.{leaf}" if path else leaf)
+    return found
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether a module without parameters or children is a nonlinear function of each element: asked, not named."""
+    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return False
+    if next(module.children(), None) is not None:
+        return False
+    x = torch.tensor([-2.0, -0.5, 0.25, 1.0], device="cpu")
+    try:
+        y, twice, negated = module(x), module(2 * x), module(-x)
+        whole = torch.stack([module(x[i]) for i in range(len(x))])
+    except Exception:  # whatever a module that wants other arguments raises
+        return False
+    if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y, whole):
+        return False
+    return not (torch.allclose(twice, 2 * y) and torch.allclose(negated, -y))
 
 
 def _is_expert_list(module: nn.Module) -> bool:

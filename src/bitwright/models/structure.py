@@ -10,7 +10,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Linear:
     """One matrix [N, K]: `name` is its module path in the model once experts are unfused, `disk_name` the prefix of
-    its tensors in the checkpoint (`disk_name`.weight, .bias); they differ where transformers renames."""
+    its tensors in the checkpoint (`disk_name`.weight, .bias); they differ where transformers renames.
+    after_activation: whether it reads the output of the activation function (down_proj, fc2), where outliers are worst.
+    """
 
     name: str
     N: int
@@ -18,6 +20,7 @@ class Linear:
     bias: bool
     class_name: str
     disk_name: str
+    after_activation: bool = False
 
     @property
     def numel(self) -> int:

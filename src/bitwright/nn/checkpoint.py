@@ -18,9 +18,11 @@ from bitwright.formats import Format
 from bitwright.models.checkpoint import Checkpoint
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 _WEIGHT = "weight"
 _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shape"
+_STORED = {_PACKED, _SCALE, "weight_values"}  # one of these says that a matrix is quantized (or pruned)
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -40,7 +42,7 @@ class QuantizedCheckpoint(Checkpoint):
             prefix, _, leaf = name.rpartition(".")
             if leaf == _WEIGHT or leaf.startswith(f"{_WEIGHT}_"):
                 self._parts.setdefault(prefix, {})[leaf] = name
-        self._parts = {prefix: parts for prefix, parts in self._parts.items() if _PACKED in parts or _SCALE in parts}
+        self._parts = {prefix: parts for prefix, parts in self._parts.items() if _STORED & parts.keys()}
         hidden = {name for parts in self._parts.values() for name in parts.values()}
         self._names = tuple(sorted({n for n in stored if n not in hidden} | {f"{p}.{_WEIGHT}" for p in self._parts}))
 
@@ -65,8 +67,8 @@ class QuantizedCheckpoint(Checkpoint):
         if prefix is None:
             return super().shape(name)
         parts = self._parts[prefix]
-        if _PACKED not in parts:
-            return super().shape(parts.get(_WEIGHT, name))
+        if _WEIGHT in parts:
+            return super().shape(parts[_WEIGHT])
         if _SHAPE not in parts:
             raise FormatError(f"{self.folder}: {prefix}.{_SHAPE} is missing; the checkpoint is incomplete")
         return tuple(super().get(parts[_SHAPE]).tolist())
@@ -89,7 +91,7 @@ class QuantizedCheckpoint(Checkpoint):
         prefix = self.prefix(name)
         return super().get(name) if prefix is None else self.quantized(prefix).dequantize()
 
-    def quantized(self, prefix: str) -> QuantizedTensor:
+    def quantized(self, prefix: str) -> QuantizedTensor | SplitTensor:
         """Codes and scales of the module `prefix`. FormatError or NumericsError names the tensor that is malformed."""
         if prefix not in self.schemes:
             raise FormatError(
@@ -98,6 +100,8 @@ class QuantizedCheckpoint(Checkpoint):
             )
         tensors = {leaf: super(QuantizedCheckpoint, self).get(name) for leaf, name in self._parts[prefix].items()}
         qt = self._format.unpack(tensors, self.schemes[prefix], prefix)
+        if isinstance(qt, SplitTensor):
+            return qt  # the format has checked its values, and no operator needs its scales in another dtype
         if not bool(torch.isfinite(qt.scale).all()):
             raise NumericsError(
                 f"{self.file(f'{prefix}.{_WEIGHT}')}: {prefix}.{_SCALE} holds NaN or Inf; "
@@ -110,4 +114,4 @@ class QuantizedCheckpoint(Checkpoint):
         if prefix is None:
             return name
         parts = self._parts[prefix]
-        return parts.get(leaf) or next(iter(parts.values()))
+        return parts.get(leaf) or parts.get("weight_values") or next(iter(parts.values()))

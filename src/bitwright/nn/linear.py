@@ -12,6 +12,7 @@ from bitwright.kernels.problem import PackedWeight
 from bitwright.nn.packed import PackedModule
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 
 class QuantLinear(PackedModule):
@@ -29,7 +30,7 @@ class QuantLinear(PackedModule):
     @classmethod
     def from_quantized(
         cls,
-        qt: QuantizedTensor,
+        qt: QuantizedTensor | SplitTensor,
         scheme: Scheme,
         bias: Tensor | None = None,
         *,

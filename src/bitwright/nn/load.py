@@ -53,7 +53,8 @@ def load(
 
     A folder quantized in compressed-tensors or bitwright's own format gets QuantLinear, QuantEmbedding and
     QuantExperts in place of what is quantized; with packed=False every weight is dequantized instead and the model is
-    an ordinary one (the same weights, rounded to `dtype`). A folder that is not quantized is loaded by transformers.
+    an ordinary one (the same weights, rounded to `dtype`; activations are not quantized then). A folder that is not
+    quantized is loaded by transformers.
 
     dtype: of activations and unquantized weights. None = bfloat16 for packed weights on a CPU, because PyTorch's packed
     operators take nothing else at speed; float32 unpacks every matrix at every call, a bit slower than an unquantized
