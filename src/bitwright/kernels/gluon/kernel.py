@@ -26,7 +26,7 @@ from bitwright.kernels.gluon.sums import collect, contribute, gather
 from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
 
 
-@gluon.jit(do_not_specialize=["M", "blocks", "groups", "tiles_whole", "per"])
+@gluon.jit(do_not_specialize=["M", "K", "blocks", "groups", "tiles_whole", "per"])
 def fragment_gemm(
     words0_desc,
     words1_desc,
