@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # All GPU tests and a selection of all benchmarks in one call of at most ten minutes (one H100 needs less).
 #
-#     scripts/gpu_check.sh              # records go to benchmarks/gpu.jsonl
-#     OUT=/tmp/run scripts/gpu_check.sh # ... to /tmp/run/gpu.jsonl
+#     scripts/gpu_check.sh              # records go to benchmarks/gpu.jsonl, what was printed to benchmarks/gpu_check.log
+#     OUT=/tmp/run scripts/gpu_check.sh # ... to /tmp/run
 #     PARTS="tests kernels" scripts/gpu_check.sh
 #
 # Runs from the source, installs nothing, and needs no network. A part that fails or runs out of its time does not stop
-# the others; the exit code is then 1 and the last lines say which it was. Other people's kernels compile and tune for
-# minutes; PARTS=peers measures those that are installed, in a call of its own.
+# the others; the exit code is then 1 and the last lines say which it was. The tests time nothing, so their files run
+# side by side, and beside them every benchmark once in small, so that its kernels are compiled when it is timed. Other
+# people's kernels compile and tune for minutes; PARTS=peers measures those that are installed, in a call of its own.
 set -uo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,9 +16,12 @@ cd "$repo" || exit 1
 out="${OUT:-benchmarks}"
 records="$out/gpu.jsonl"
 python="${PYTHON:-python3}"
-parts="${PARTS:-tests kernels bits experts memory decode prefill}"
+parts=" ${PARTS:-tests kernels bits experts memory decode opt throughput prefill} "
 mkdir -p "$out" || exit 1
+spare="$(mktemp -d)" || exit 1
+trap 'rm -rf "$spare"' EXIT
 export PYTHONPATH="$repo/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONUNBUFFERED=1
 
 "$python" - <<'PY' || exit 1
 import importlib.util
@@ -33,33 +37,90 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
+tests_limit=170
+# Name, seconds, and arguments of `bitwright bench`.
+benchmarks=(
+    "kernels 75 kernels --tokens 1,16,64,256,2048 --scheme w4a16-g128 --peer dense --peer tinygemm"
+    "bits 90 kernels --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,2048
+        --scheme w2a16-g128 --scheme w3a16-g128 --scheme w8a16-g128 --peer dense"
+    "experts 20 kernels --shape 28672x4096 --shape 4096x14336 --experts 8 --top-k 2 --tokens 1,16,64,512"
+    "memory 15 memory --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b
+        --scheme 16-bit --scheme w4a16-g128 --scheme w3a16-g128 --scheme w2a16-g128"
+    "decode 55 decode --model llama-2-7b --model llama-2-70b --model mixtral-8x7b --batch 1,16"
+    "opt 60 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
+    "throughput 75 throughput --model llama-2-70b --largest 256"
+    "prefill 30 prefill --model llama-2-7b --prompt 1x512 --prompt 1x2048"
+    "peers 500 kernels --shape 4096x4096 --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,256,2048"
+)
+
+wanted() { [[ "$parts" == *" $1 "* ]]; }
+
+# limited SECONDS COMMAND...: interrupted when they are over, so that Python says where it was. The shell makes what it
+# starts in the background deaf to that; env undoes it.
+limited() { timeout --signal=INT --kill-after=15 "$1" env --default-signal=INT "${@:2}"; }
+
 failed=()
-# part NAME SECONDS COMMAND...
-part() {
-    local name="$1" limit="$2" code=0 began=$SECONDS
-    shift 2
-    [[ " $parts " == *" $name "* ]] || return 0
-    echo "== $name (at most $limit s)"
-    timeout --kill-after=5 "$limit" "$@" || code=$?
-    ((code == 124 || code == 137)) && echo "gpu_check: $name ran out of its $limit s"
-    ((code == 0)) || failed+=("$name ($code)")
-    echo "== $name: exit code $code after $((SECONDS - began)) s"
-}
-bench() {
-    part "$1" "$2" "$python" -m bitwright.cli bench "${@:3}" --records "$records"
+logs=()
+# outcome NAME CODE LIMIT LOG: the last lines of a log, and whether all went well.
+outcome() {
+    logs+=("$4")
+    tail -n 15 "$4"
+    (($2 == 124 || $2 == 137)) && echo "gpu_check: $1 ran out of its $3 s"
+    (($2 == 0)) || failed+=("$1 ($2)")
 }
 
-part tests 150 "$python" -m pytest -m gpu -p no:cacheprovider tests/gpu
-bench kernels 160 kernels --tokens 1,16,64,256,2048 --scheme w4a16-g128 \
-    --peer dense --peer tinygemm
-bench bits 60 kernels --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,2048 \
-    --scheme w2a16-g128 --scheme w3a16-g128 --scheme w8a16-g128 --peer dense
-bench experts 35 kernels --shape 28672x4096 --shape 4096x14336 --experts 8 --top-k 2 --tokens 1,16,64,512
-bench memory 20 memory --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b \
-    --scheme 16-bit --scheme w4a16-g128 --scheme w3a16-g128 --scheme w2a16-g128
-bench decode 95 decode --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b --batch 1,16
-bench prefill 60 prefill --model llama-2-7b --prompt 1x512 --prompt 1x2048
-bench peers 500 kernels --shape 4096x4096 --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,256,2048
+# Every benchmark that is wanted, in small, until $1 seconds are over. Whatever fails here fails again when it counts.
+warm() {
+    local line words end=$((SECONDS + $1))
+    for line in "${benchmarks[@]}"; do
+        read -rd '' -a words <<<"$line"
+        wanted "${words[0]}" && [[ "${words[2]}" != memory ]] && ((SECONDS < end)) || continue
+        [[ "${words[2]}" == decode || "${words[2]}" == prefill ]] && words+=(--layers 2)
+        limited $((end - SECONDS)) "$python" -m bitwright.cli bench "${words[@]:2}" --repeats 1 \
+            --records "$spare/warm.jsonl"
+    done >"$spare/warm.log" 2>&1
+}
+
+if wanted tests; then
+    echo "== tests (at most $tests_limit s)"
+    began=$SECONDS
+    warm $tests_limit &
+    warming=$!
+    names=() running=()
+    for file in tests/gpu/test_*.py; do
+        name="$(basename "$file" .py)"
+        OMP_NUM_THREADS=1 limited $tests_limit "$python" -m pytest -m gpu -p no:cacheprovider --tb=short \
+            --durations=10 "$file" >"$out/$name.log" 2>&1 &
+        names+=("$name") running+=($!)
+    done
+    for i in "${!names[@]}"; do
+        code=0
+        wait "${running[i]}" || code=$?
+        echo "-- ${names[i]}: exit code $code"
+        outcome "${names[i]}" "$code" "$tests_limit" "$out/${names[i]}.log"
+    done
+    tested=$((SECONDS - began))
+    wait "$warming"
+    echo "== tests: $tested s, kernels compiled after $((SECONDS - began)) s"
+fi
+
+for line in "${benchmarks[@]}"; do
+    read -rd '' -a words <<<"$line"
+    name="${words[0]}" limit="${words[1]}" code=0 began=$SECONDS
+    wanted "$name" || continue
+    echo "== $name (at most $limit s)"
+    limited "$limit" "$python" -m bitwright.cli bench "${words[@]:2}" --records "$records" >"$out/$name.log" 2>&1 ||
+        code=$?
+    outcome "$name" "$code" "$limit" "$out/$name.log"
+    echo "== $name: exit code $code after $((SECONDS - began)) s"
+done
+
+# One file of logs, each under its name.
+for log in "${logs[@]}"; do
+    echo "== $(basename "$log" .log)"
+    cat "$log"
+done >"$out/gpu_check.log"
+((${#logs[@]})) && rm -f "${logs[@]}"
 
 if ((${#failed[@]})); then
     echo "gpu_check: failed: ${failed[*]}"

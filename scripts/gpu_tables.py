@@ -153,11 +153,13 @@ def _expert_table(records: list[Record]) -> str:
 
 def _decode_table(records: list[Record]) -> str:
     rows = _of_models(records, ("batch", "context"))
+    step = "ms per step" if any(r["batch"] > 1 for r in rows) else "ms per token"
     columns = {
         **_models_and_schemes(rows),
         "batch": [str(r["batch"]) for r in rows],
         "context": [str(r["context"]) for r in rows],
-        "ms per token": [_milli(r, "seconds_per_token", ".2f") for r in rows],
+        step: [_milli(r, "seconds_per_token", ".2f") for r in rows],
+        "ms per block": [_milli(r, "seconds_per_block", ".3f") for r in rows],
         "tokens/s": [_form(r, "tokens_per_second", ".0f") for r in rows],
         "in linears": [_form(r, "linear_share", ".0%") for r in rows],
         "weights, GB": [_giga(r, "weight_bytes") for r in rows],
@@ -215,10 +217,13 @@ def _models_and_schemes(rows: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def _depth(r: Record) -> str:
-    """How much of the model was timed; nothing to say where it was all of it."""
-    if r["status"] != "ok" or r["layers_timed"] == r["layers"]:
+    """How much of the model was timed, and whether one GPU holds it; nothing to say where it does and it was all."""
+    if r["status"] != "ok":
         return MISSING
-    return f"{r['layers_timed']} of {r['layers']} blocks"
+    said = [] if r["layers_timed"] == r["layers"] else [f"{r['layers_timed']} of {r['layers']} blocks"]
+    if r.get("fits_this_gpu") is False:
+        said.append("does not fit one GPU")
+    return "; ".join(said) or MISSING
 
 
 def _memory_table(records: list[Record]) -> str:
@@ -301,8 +306,8 @@ def _caption(records: Sequence[Record], what: str, command: str) -> str:
     if bandwidths:
         rates = sorted(r["ceiling_flops_per_second"] for r in records)
         said.append(
-            f"roofline: this machine's copy bandwidth ({bandwidths[len(bandwidths) // 2] / 1e12:.2f} TB/s, read and "
-            f"write) or {records[0]['dtype']} rate ({rates[len(rates) // 2] / 1e12:.0f} TFLOP/s), whichever is the "
+            f"roofline: this machine's bandwidth ({bandwidths[len(bandwidths) // 2] / 1e12:.2f} TB/s, of a copy or a "
+            f"sum) or {records[0]['dtype']} rate ({rates[len(rates) // 2] / 1e12:.0f} TFLOP/s), whichever is the "
             "longer way"
         )
         said.append("medians over rounds in which all take turns, weights outside the cache")

@@ -58,7 +58,7 @@ def rope_cache(dtype: torch.dtype, device: str) -> None:
             close(q, elementwise.rope_cache_reference(qkv, cos, sin, start, *theirs))
             for a, b in zip(ours, theirs, strict=True):
                 close(a, b)
-                assert (b == 7.0).any(dim=-1).sum() < b.numel() // D or T * B == 0  # something was written
+                assert (a == 7.0).all(dim=-1).sum() < a.numel() // D  # something was written
 
 
 def silu_mul(dtype: torch.dtype, device: str) -> None:

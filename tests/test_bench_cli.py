@@ -29,7 +29,7 @@ KERNELS = ["bench", "kernels", "--shape", "48x128", "--tokens", "1,3", "--repeat
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No ceilings, and a small model in the place of every published one."""
-    known = timing.Ceilings(1e9, 1e10, torch.bfloat16)
+    known = timing.Ceilings(1e9, 5e8, 1e10, torch.bfloat16)
     monkeypatch.setattr(timing, "measure_ceilings", lambda device, dtype: known)
     published = shapes.models
     monkeypatch.setattr(shapes, "models", lambda name: tiny(published(name)))
@@ -155,11 +155,11 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "gpu_check.sh"
 
 
 def gpu_check(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """The script with a python that writes down what it is asked and fails at decoding; its commands."""
+    """The script with a python that writes down what it is asked and fails at decoding with 16 bits; its commands."""
     log, python = tmp_path / "log", tmp_path / "python"
     python.write_text(
         '#!/usr/bin/env bash\n[[ "$1" == - ]] && exec cat > /dev/null\n'
-        f'printf "%s\\n" "$*" >> {log}\n[[ "$*" == *"bench decode"* ]] && exit 3\nexit 0\n'
+        f'printf "%s\\n" "$*" >> {log}\necho "asked $*"\n[[ "$*" == *"bench decode"*"--batch"* ]] && exit 3\nexit 0\n'
     )
     python.chmod(0o755)
     given = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **environment}
@@ -171,9 +171,29 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     done, commands = gpu_check(tmp_path)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "gpu_check: failed: decode (3)"
-    assert " ".join(commands[0][2:5]) == "-m gpu -p" and commands[-1][3] == "prefill"
-    written = {c[c.index("--records") + 1] for c in commands[1:]}
-    assert written == {str(tmp_path / "out" / "gpu.jsonl")}
+    assert commands[-1][3] == "prefill"
+    tested = {c[-1] for c in commands if c[1] == "pytest"}
+    assert tested == {f"tests/gpu/{path.name}" for path in (SCRIPT.parent.parent / "tests" / "gpu").glob("test_*.py")}
+    written = [c[c.index("--records") + 1] for c in commands if c[1] != "pytest"]
+    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 8
+
+
+def test_gpu_check_leaves_one_log(tmp_path: Path) -> None:
+    done, _ = gpu_check(tmp_path, PARTS="tests memory experts")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu_check.log"]
+    text = (tmp_path / "out" / "gpu_check.log").read_text()
+    assert "== test_gluon" in text and "== memory" in text and "bench memory" in text
+    assert "bench memory" in done.stdout
+
+
+def test_gpu_check_compiles_beside_the_tests_what_it_times_later(tmp_path: Path) -> None:
+    _, commands = gpu_check(tmp_path)
+    timed, warmed = ([c for c in commands if c[1] != "pytest" and ("--repeats" in c) == w] for w in (False, True))
+    small = [c[: c.index("--repeats")] for c in warmed]
+    small = [c[: c.index("--layers")] if "--layers" in c else c for c in small]
+    assert small == [c[: c.index("--records")] for c in timed if c[3] != "memory"]
+    assert all(("--layers" in c) == (c[3] in ("decode", "prefill")) for c in warmed)
 
 
 def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
@@ -185,12 +205,12 @@ def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
 def test_gpu_check_takes_at_most_ten_minutes(tmp_path: Path) -> None:
     done, _ = gpu_check(tmp_path)
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 7 and sum(limits) <= 590
+    assert len(limits) == 9 and sum(limits) <= 590
 
 
 def test_gpu_check_asks_for_options_that_there_are(tmp_path: Path) -> None:
-    _, commands = gpu_check(tmp_path, PARTS="kernels bits experts memory decode prefill peers")
-    assert len(commands) == 7
+    _, commands = gpu_check(tmp_path, PARTS="kernels bits experts memory decode opt throughput prefill peers")
+    assert len(commands) == 9
     for command in commands:
         result = invoke(app, [*command[2:], "--help"])  # an unknown option is found before --help is obeyed
         assert result.exit_code == 0, result.output

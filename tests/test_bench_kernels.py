@@ -27,7 +27,7 @@ def options(**changes: Any) -> kernels.Options:
 
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = timing.Ceilings(1e9, 1e10, torch.bfloat16)
+    known = timing.Ceilings(1e9, 5e8, 1e10, torch.bfloat16)
     monkeypatch.setattr(timing, "measure_ceilings", lambda device, dtype: known)
 
 
@@ -88,6 +88,23 @@ def test_what_is_wrong_is_reported_and_never_timed(monkeypatch: pytest.MonkeyPat
     assert found["dequantize"]["status"] == "ok"
     for name in ("one-output-off", "nan", "raising", "unpreparable"):
         assert "seconds" not in found[name]
+
+
+def test_what_turns_wrong_while_it_is_timed_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tiring(DequantizedWeight):
+        """Right when it is checked and when it is made ready, never again."""
+
+        NAME = "tiring"
+        calls = 0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            Tiring.calls += 1
+            return super().__call__(x) * (Tiring.calls <= 2)
+
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (Tiring, DequantizedWeight))
+    found = {r["name"]: r for r in kernels.run(options(tokens=(9,)))}
+    assert found["tiring"]["status"] == "wrong" and "first of the timed calls" in found["tiring"]["reason"]
+    assert "seconds" not in found["tiring"] and found["dequantize"]["status"] == "ok"
 
 
 def test_figures_follow_from_seconds() -> None:

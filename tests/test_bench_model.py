@@ -249,6 +249,37 @@ def test_depths() -> None:
     assert Depth(None, 4, 4).total({4: 8.0}) == 8.0
 
 
+def test_models_become_whole_while_there_is_room() -> None:
+    sizes = {"small": 100_000_000, "large": 400_000_000}
+    certain = 6 * 100_000_000 + 3 * 400_000_000
+    few = {"small": Depth(2, 6, 32), "large": Depth(1, 3, 32)}
+    assert fitting.choose_depths(32, sizes, None, 0) == few
+    small = certain + 26 * 100_000_000
+    assert fitting.choose_depths(32, sizes, None, small - 1) == few
+    assert fitting.choose_depths(32, sizes, None, small) == few | {"small": Depth(None, 32, 32)}
+    both = fitting.choose_depths(32, sizes, None, small + 29 * 400_000_000)
+    assert set(both.values()) == {Depth(None, 32, 32)}
+    assert fitting.choose_depths(32, sizes, 2, 1 << 50) == dict.fromkeys(sizes, Depth(1, 2, 32))
+
+
+def test_only_the_quantized_model_is_whole_where_both_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(tiny(LLAMA), layers=8)
+    monkeypatch.setattr(fitting, "_BEYOND_CACHE", 1)
+    quantized, dense = (fitting.block_bytes(shape, s, BF16) for s in (Scheme.parse("w4a16-g128"), None))
+    room = 8 * quantized + 3 * dense + shape.other_weights * 2 + shape.kv_cache_values(1, 9) * 2
+    monkeypatch.setattr(decode, "free_bytes", lambda device: room)
+    monkeypatch.setattr(fitting, "total_bytes", lambda device: int(8 * dense))
+    options = decode.Options(shape, context=8, tokens=1, device="cpu", repeats=1)
+    records = {r["scheme"]: r for r in decode.run(options)}
+    assert records["w4a16-g128"]["method"] == "whole model" and records["bfloat16"]["layers_timed"] == 3
+    assert (records["w4a16-g128"]["fits_this_gpu"], records["bfloat16"]["fits_this_gpu"]) == (True, False)
+    for r in records.values():
+        assert r["total_bytes"] == r["weight_bytes"] + r["cache_bytes"]
+    shown = decode.table(list(records.values()))
+    assert "more than this device holds" in str(shown.caption)
+    assert [str(c.header) for c in shown.columns][4:7] == ["ms/token", "±", "ms/block"]
+
+
 def test_fewest_gpus_divide_heads_and_hold_some_cache() -> None:
     memory = 85_000_000_000
     gpus, rank = fewest_gpus(models("opt-175b"), None, torch.float16, 512, memory)
@@ -336,12 +367,17 @@ def test_throughput_sweeps_until_memory_is_full() -> None:
         ("bfloat16", 2, 2),
         ("bfloat16", 2, 4),
         ("bfloat16", 2, 5),
+        ("bfloat16", 4, 1),
+        ("bfloat16", 4, 2),
+        ("bfloat16", 4, 4),
+        ("bfloat16", 4, 5),
         ("w4a16-g128", 1, 1),
         ("w4a16-g128", 1, 2),
         ("w4a16-g128", 1, 4),
         ("w4a16-g128", 1, 5),
     ]
-    assert "communication between ranks is not counted" in swept[0]["note"] and swept[4]["note"] is None
+    assert "communication between ranks is not counted" in swept[0]["note"]
+    assert all("computed to fit" in r["note"] for r in swept) and "ranks" not in swept[-1]["note"]
     best = {r["scheme"]: r for r in records if r["benchmark"] == "throughput-best"}
     for name, r in best.items():
         assert r["tokens_per_second_per_gpu"] == max(
@@ -349,7 +385,7 @@ def test_throughput_sweeps_until_memory_is_full() -> None:
         )
     gain = best["w4a16-g128"]["tokens_per_second_per_gpu"] / best["bfloat16"]["tokens_per_second_per_gpu"]
     assert best["w4a16-g128"]["speedup_over_dense"] == pytest.approx(gain)
-    assert throughput.table(records).row_count == 10
+    assert throughput.table(records).row_count == 14
     tight = replace(options, memory=int(fitting.model_bytes(small, Scheme.parse("w4a16-g128"), BF16)))
     refused = [r for r in throughput.run(tight) if r["scheme"] == "w4a16-g128"]
     assert [r["status"] for r in refused] == ["absent"] and "do not fit" in refused[0]["reason"]

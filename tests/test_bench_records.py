@@ -38,6 +38,28 @@ def test_stamp() -> None:
     assert found["machine"]["threads"] >= 1 and found["machine"]["processor"]
 
 
+def test_versions_are_known_when_run_from_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(records, "_version", lambda package: None)
+    assert records.stamp("cpu")["versions"]["bitwright"]
+    monkeypatch.setattr(records, "_ROOT", tmp_path)
+    assert records.stamp("cpu")["versions"]["bitwright"] is None
+
+
+def test_the_commit_is_given_or_found_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BITWRIGHT_COMMIT", "abc")
+    assert records.stamp("cpu")["commit"] == "abc"
+    monkeypatch.delenv("BITWRIGHT_COMMIT")
+    monkeypatch.setattr(records, "_ROOT", tmp_path)
+    assert records.commit() is None
+    (tmp_path / ".git").write_text("no repository")
+    assert records.commit() is None
+
+
+def test_a_program_that_fails_says_nothing() -> None:
+    assert records._said("no-such-program-here") is None
+    assert records._said("false") is None and records._said("echo", "a") == "a"
+
+
 def test_the_command_does_not_say_where_it_wrote() -> None:
     given = ["bench", "kernels", "--records", "/some/where.jsonl", "--shape", "8x8", "--records=/x", "--json"]
     assert records.command_line(given) == "bitwright bench kernels --shape 8x8 --json"

@@ -59,6 +59,14 @@ def test_a_round_made_ready_is_taken_as_it_is(clock: Clock) -> None:
     assert clock.log == ["a", "a"]
 
 
+def test_a_round_keeps_what_its_first_and_last_call_gave() -> None:
+    counts = iter(range(100))
+    made = timing.ready([lambda: next(counts)] * 3, "cpu")
+    made.run()
+    assert made.outputs == [3, 5]
+    assert timing.ready([lambda: 7], "cpu").outputs == [7, 7]
+
+
 def test_what_a_call_raises_reaches_the_caller() -> None:
     def broken() -> None:
         raise ValueError("no")
@@ -73,12 +81,13 @@ def test_copies_fill_more_than_the_cache() -> None:
 
 
 def test_the_floor_is_the_longer_of_two_ways() -> None:
-    ceilings = timing.Ceilings(copy_bytes_per_second=1e3, flops_per_second=1e6, dtype=torch.bfloat16)
+    ceilings = timing.Ceilings(1e3, 500, 1e6, torch.bfloat16)
     assert ceilings.floor(2000, 1e6) == 2.0
     assert ceilings.floor(500, 3e6) == 3.0
+    assert timing.Ceilings(1e3, 2e3, 1e6, torch.bfloat16).floor(2000, 0) == 1.0  # reading alone was faster
 
 
 def test_ceilings_of_this_machine_are_finite() -> None:
     found = timing.measure_ceilings("cpu", torch.float32, repeats=2)
-    assert 1e8 < found.copy_bytes_per_second < 1e13
+    assert 1e8 < found.copy_bytes_per_second < 1e13 and 1e8 < found.read_bytes_per_second < 1e13
     assert 1e8 < found.flops_per_second < 1e14

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.shapes import ModelShape
+from bitwright.bench.timing import capture
 from bitwright.scheme import Scheme
 
 _BATCH, _PROMPT, _STEPS = 3, 20, 4
@@ -100,8 +101,9 @@ def _replayed(model: Decoder, state: State) -> Tensor:
     with torch.cuda.stream(stream):
         model.step(state)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        logits = model.step(state)
+    captured: list[Tensor] = []
+    capture(lambda: captured.append(model.step(state)), graph, stream)
+    (logits,) = captured
     model.prefill(state, ids)  # what the warm-up changed
     steps = []
     for _ in range(_STEPS):

@@ -2,9 +2,9 @@
 
 A step is everything from token ids to token ids: embedding, all blocks with their attention over `context` cached
 tokens, head, argmax. Some steps are captured in one CUDA graph, the next token feeding the next step; the models
-compared share their tables and caches and take turns. Where all of them do not fit side by side, two depths of each are
-timed, and the difference is that of blocks alone (`fitting.Depth`; a record says how it was made). Before that a tiny
-model of the kind has to be right (`correctness`).
+compared share their tables and caches and take turns. Of a model for which there is no room beside the others, two
+depths are timed, and the difference is that of blocks alone (`fitting.Depth`; a record says how it was made, and
+whether one GPU holds the whole model at all). Before that a tiny model of the kind has to be right (`correctness`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from bitwright.bench import timing
 from bitwright.bench.correctness import Verdict, check
-from bitwright.bench.fitting import Depth, block_bytes, choose_depth, free_bytes, model_bytes
+from bitwright.bench.fitting import Depth, block_bytes, choose_depths, fits, free_bytes, model_bytes
 from bitwright.bench.kernels import DTYPES, Progress, choose_device
 from bitwright.bench.linears import DenseExperts
 from bitwright.bench.model import Decoder, MoE, State, make_model, make_state, make_tables
@@ -83,6 +83,8 @@ def measure(options: Options, progress: Progress | None = None) -> Iterator[list
         )
     wanted = variants(options.dtype, options.schemes, options.baseline)
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     head = stamp(device, options.command) | {
         "benchmark": "decode",
         "model": shape.name,
@@ -99,13 +101,18 @@ def measure(options: Options, progress: Progress | None = None) -> Iterator[list
         timed, failed = time_steps(
             prepared.models, prepared.depths, state, options.context, options.tokens, options.repeats
         )
+        cache = shape.kv_cache_values(batch, capacity) * dtype.itemsize
         extra = {
             "batch": batch,
-            "cache_bytes": shape.kv_cache_values(batch, capacity) * dtype.itemsize,
-            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            "cache_bytes": cache,
+            # Of several models side by side the peak would belong to none of them.
+            "peak_bytes": torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda" and len(wanted) == 1
+            else None,
         }
         lost = [{"scheme": name, "status": FAILED, "reason": reason} for name, reason in failed.items()]
-        yield [head | extra | record for record in _records(prepared, timed, batch, shape, options.dtype) + lost]
+        made = _records(prepared, timed, batch, cache, shape, options.dtype, device)
+        yield [head | extra | record for record in made + lost]
         del state
         if device.type == "cuda":
             torch.cuda.empty_cache()  # capturing a graph cannot give memory back, so it is done before the next one
@@ -135,11 +142,13 @@ class Prepared:
     ) -> Prepared:
         """cache: bytes of the caches of a whole model. asked: layers to time, None for as many as fit."""
         room = free_bytes(device) - shape.other_weights * dtype.itemsize - cache
-        fits = sum(shape.layers * block_bytes(shape, v.scheme, dtype) for v in wanted) <= room
+        quantized_first = sorted(wanted, key=lambda v: v.scheme is None)
+        sizes = {v.name: block_bytes(shape, v.scheme, dtype) for v in quantized_first}
+        depths = choose_depths(shape.layers, sizes, asked, room)
         made = cls({}, {}, {v.name: v.scheme for v in wanted}, {}, {})
         tables = make_tables(shape, dtype, device)
         for v in wanted:
-            depth = choose_depth(shape.layers, block_bytes(shape, v.scheme, dtype), asked, fits)
+            depth = depths[v.name]
             try:
                 if v.scheme is not None:
                     made.verdicts[v.name] = check(shape, v.scheme, dtype, device)
@@ -259,13 +268,20 @@ def _other_methods(model: Decoder, batch: int, device: torch.device) -> list[tup
 
 
 def _records(
-    prepared: Prepared, timed: Mapping[str, Step], batch: int, shape: ModelShape, baseline: str
+    prepared: Prepared,
+    timed: Mapping[str, Step],
+    batch: int,
+    cache: int,
+    shape: ModelShape,
+    baseline: str,
+    device: torch.device,
 ) -> list[Record]:
     dense = timed.get(baseline)
     records = []
     for name, step in timed.items():
         depth, model = prepared.depths[name], prepared.models[name]
         verdict = prepared.verdicts.get(name)
+        weights = model.block_bytes * shape.layers + model.tables.nbytes
         records.append(
             {
                 "scheme": name,
@@ -281,7 +297,9 @@ def _records(
                 "tokens_per_second": batch / step.seconds,
                 "linear_seconds": step.linears,
                 "linear_share": step.linears / step.seconds,
-                "weight_bytes": model.block_bytes * shape.layers + model.tables.nbytes,
+                "weight_bytes": weights,
+                "total_bytes": weights + cache,
+                "fits_this_gpu": fits(weights + cache, device),
                 "model_bytes_16bit": model_bytes(shape, None, model.tables.embedding.dtype),
                 "relative_error": None if verdict is None else verdict.error,
                 "speedup_over_dense": None if dense is None else dense.seconds / step.seconds,
@@ -295,12 +313,27 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    methods = dict.fromkeys(f"{r['scheme']}: {r['method']}" for r in records if r["status"] == OK)
-    caption = "; ".join(methods)
+    timed = [r for r in records if r["status"] == OK]
+    caption = "; ".join(dict.fromkeys(f"{r['scheme']}: {r['method']}" for r in timed))
+    if not all(r["fits_this_gpu"] for r in timed):
+        caption += "; ! with its cache, more than this device holds"
+    step = "ms/step" if any(r["batch"] > 1 for r in records) else "ms/token"
+    columns = (
+        "batch",
+        "context",
+        step,
+        "±",
+        "ms/block",
+        "tokens/s",
+        "in linears",
+        "weights GB",
+        "cache GB",
+        "x 16-bit",
+    )
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     for title in ("model", "scheme"):
         shown.add_column(title)
-    for title in ("batch", "context", "ms/token", "±", "tokens/s", "in linears", "weights GB", "cache GB", "x 16-bit"):
+    for title in columns:
         shown.add_column(title, justify="right")
     for r in records:
         where = (r["model"], r["scheme"], str(r["batch"]), str(r["context"]))
@@ -312,9 +345,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
             *where,
             f"{r['seconds_per_token'] * 1e3:.3f}",
             f"{(r['seconds_high'] - r['seconds_low']) * 5e2:.3f}",
+            f"{r['seconds_per_block'] * 1e3:.3f}",
             f"{r['tokens_per_second']:.1f}",
             f"{r['linear_share']:.0%}",
-            f"{r['weight_bytes'] / 1e9:.2f}",
+            f"{r['weight_bytes'] / 1e9:.2f}" + ("" if r["fits_this_gpu"] else " !"),
             f"{r['cache_bytes'] / 1e9:.2f}",
             "" if speedup is None else f"{speedup:.2f}",
         )

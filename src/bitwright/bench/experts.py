@@ -26,8 +26,10 @@ from bitwright.bench.kernels import (
     ceiling_fields,
     compare,
     figures,
+    off,
     rivals,
     speedups,
+    timed_wrong,
 )
 from bitwright.bench.peers import DENSE, LIMITS
 from bitwright.bench.records import FAILED, OK, WRONG, Record, failure, stamp
@@ -125,13 +127,18 @@ class _Point:
             try:
                 errors[name], worst = compare(calls[0]()[checked], reference)
                 if not acceptable(errors[name], worst, limit):
-                    reasons[name] = (WRONG, f"relative error {errors[name]:.2g}, worst output off by {worst:.2g}")
+                    reasons[name] = (WRONG, off(errors[name], worst))
                     continue
                 ready[name] = timing.ready(calls, self.device)
             except Exception as e:
                 # Another library, or a kernel that this GPU does not have: a row with the reason.
                 reasons[name] = (FAILED, failure(e))
         timings = timing.interleaved(ready, repeats)
+        for name in list(timings):
+            reason = timed_wrong(ready[name], checked, reference, limit)
+            if reason is not None:
+                reasons[name] = (WRONG, reason)
+                del timings[name]
         dense, best = rivals({name: kind for name, (kind, _) in variants.items()}, timings)
         records = []
         for name, (kind, _) in variants.items():

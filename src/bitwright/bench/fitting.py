@@ -66,6 +66,20 @@ def choose_depth(layers: int, block_bytes: int, asked: int | None, fits: bool) -
     return Depth(min(few, many - 1), many, layers)
 
 
+def choose_depths(layers: int, block_bytes: Mapping[str, int], asked: int | None, room: int) -> dict[str, Depth]:
+    """The depth of every model by name: two depths of each are certain of their place, and in what is then left of
+    `room` bytes the models become whole, in the order given. asked: as in `choose_depth`.
+    """
+    depths = {name: choose_depth(layers, size, asked, False) for name, size in block_bytes.items()}
+    left = room - sum(depths[name].many * size for name, size in block_bytes.items())
+    for name, size in block_bytes.items():
+        more = (layers - depths[name].many) * size
+        if asked is None and more <= left:
+            depths[name] = choose_depth(layers, size, None, True)
+            left -= more
+    return depths
+
+
 def block_bytes(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype) -> int:
     """Bytes of the linears of one block at `scheme` (None: `dtype`), as the GPU kernels hold them."""
     return sum(linear.count * _linear_bytes(linear, scheme, dtype) for linear in shape.linears)
@@ -77,8 +91,12 @@ def model_bytes(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype) ->
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be used now, `RESERVED` left."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that can be used now, what torch keeps for later included, `RESERVED` left."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        free = psutil.virtual_memory().available
     return int(free * (1 - RESERVED))
 
 
@@ -87,6 +105,11 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether the device, were it empty, would hold so many bytes with `RESERVED` left."""
+    return nbytes <= total_bytes(device) * (1 - RESERVED)
 
 
 def rank_shape(shape: ModelShape, gpus: int) -> ModelShape | None:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +26,13 @@ from bitwright.errors import BitwrightError, OutputError
 
 Record = dict[str, Any]
 
+_ROOT = Path(__file__).resolve().parents[3]  # of the repository, where this is run from its source
+
 OK, WRONG, ABSENT, FAILED = "ok", "wrong", "absent", "failed"
 
 
 def stamp(device: torch.device | str, command: str | None = None) -> Record:
-    """date, machine, gpu, versions and command: what every record of a run shares."""
+    """date, machine, gpu, versions, commit and command: what every record of a run shares."""
     device = torch.device(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -35,13 +40,26 @@ def stamp(device: torch.device | str, command: str | None = None) -> Record:
         "machine": {"processor": processor(), "threads": torch.get_num_threads(), "system": platform.system()},
         "gpu": gpu,
         "versions": {
-            "bitwright": _version("bitwright"),
+            "bitwright": _version("bitwright") or _source_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
             "cuda": torch.version.cuda if gpu else None,
+            "driver": _driver() if gpu else None,
         },
+        "commit": commit(),
         "command": command,
     }
+
+
+def commit() -> str | None:
+    """$BITWRIGHT_COMMIT, or the commit that the source is a checkout of, "+" behind it if files differ; None if neither
+    is known."""
+    given = os.environ.get("BITWRIGHT_COMMIT", "").strip()
+    if given or not (_ROOT / ".git").exists():
+        return given or None
+    head = _said("git", "-C", str(_ROOT), "rev-parse", "HEAD")
+    changed = _said("git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--", "src")
+    return f"{head}+" if head and changed else head
 
 
 def command_line(arguments: Sequence[str], dropped: Sequence[str] = ("--records",)) -> str:
@@ -102,3 +120,27 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _source_version() -> str | None:
+    """The version in the pyproject.toml of the source."""
+    try:
+        project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return str(project["version"]) if project["name"] == "bitwright" else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    found = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
+
+
+def _said(*command: str) -> str | None:
+    """What a program prints; None if there is no such program, or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -4,9 +4,10 @@ A step of twice the sequences takes hardly longer until arithmetic or the caches
 batch, and the batch is limited by the memory that weights leave to caches. For every model the batch is doubled until
 its caches, at a stated length, fill one GPU.
 
-Quantized models are put on one GPU. In 16 bits a large model needs several: the fewest that hold it and some cache, by
-tensor parallelism. One rank's share is measured; the all-reduces between ranks are left out, which favours 16 bits, and
-so does dividing by GPUs alone.
+Quantized models are put on one GPU. In 16 bits a large model needs several, by tensor parallelism, and the fewest that
+hold it may leave little to its caches; so those and twice as many are measured, and the better counts. Of either, one
+rank's share is timed; the all-reduces between ranks are left out, which favours 16 bits. Where only some blocks are
+timed, that all of them and their caches fit is computed, not tried, and the record says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitwright.bench.decode import Prepared, Variant, time_steps, variants
-from bitwright.bench.fitting import fewest_gpus, largest_batch, model_bytes, total_bytes
+from bitwright.bench.fitting import fewest_gpus, largest_batch, model_bytes, rank_shape, total_bytes
 from bitwright.bench.kernels import DTYPES, Progress, choose_device
 from bitwright.bench.model import make_state
 from bitwright.bench.records import ABSENT, FAILED, OK, Record, failure, stamp
@@ -28,6 +29,7 @@ from bitwright.errors import BitwrightError
 if TYPE_CHECKING:
     from rich.table import Table
 
+_COMPUTED = "batches computed to fit, timed on some of the blocks"
 _UNCOUNTED = "one rank of tensor parallelism; communication between ranks is not counted"
 
 
@@ -60,7 +62,7 @@ def run(options: Options, progress: Progress | None = None) -> list[Record]:
 
 @torch.no_grad()
 def measure(options: Options, progress: Progress | None = None) -> Iterator[list[Record]]:
-    """The records of one model after the other: its whole sweep, smallest batch first."""
+    """The records of one model after the other and number of GPUs: a whole sweep, smallest batch first."""
     if options.context < 2 or options.largest < 1 or options.repeats < 1:
         raise BitwrightError(
             f"context {options.context}, largest {options.largest}, repeats {options.repeats}: at least 2, 1 and 1"
@@ -78,30 +80,52 @@ def measure(options: Options, progress: Progress | None = None) -> Iterator[list
     for done, v in enumerate(wanted):
         if progress is not None:
             progress("throughput", done, len(wanted), f"{options.shape.name} {v.name}")
-        yield [head | {"scheme": v.name} | record for record in _sweep(v, options, memory, dtype, device)]
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        for gpus, rank in _spreads(v, options, memory, dtype):
+            swept = _sweep(v, gpus, rank, options, memory, dtype, device)
+            yield [head | {"scheme": v.name} | record for record in swept]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     if progress is not None:
         progress("throughput", len(wanted), len(wanted), "")
 
 
-def _sweep(v: Variant, options: Options, memory: int, dtype: torch.dtype, device: torch.device) -> Iterator[Record]:
-    shape, context = options.shape, options.context
-    gpus, rank = (1, shape) if v.scheme is not None else fewest_gpus(shape, None, dtype, context, memory)
+def _spreads(v: Variant, options: Options, memory: int, dtype: torch.dtype) -> list[tuple[int, ModelShape]]:
+    """Numbers of GPUs to put a model on, and a rank's share: one if quantized, else the fewest and twice as many."""
+    if v.scheme is not None:
+        return [(1, options.shape)]
+    gpus, rank = fewest_gpus(options.shape, None, dtype, options.context, memory)
+    half = rank_shape(options.shape, 2 * gpus)
+    return [(gpus, rank)] if half is None else [(gpus, rank), (2 * gpus, half)]
+
+
+def _sweep(
+    v: Variant,
+    gpus: int,
+    rank: ModelShape,
+    options: Options,
+    memory: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Record]:
+    context = options.context
     most = min(options.largest, largest_batch(rank, v.scheme, dtype, context, memory))
     if most < 1:
         reason = f"weights and one cache do not fit into {memory / 1e9:.1f} GB"
-        yield {"status": ABSENT, "reason": reason}
+        yield {"gpus": gpus, "status": ABSENT, "reason": reason}
         return
     # A whole model would leave its caches no room here: with all memory spoken for, two depths are timed.
     prepared = Prepared.of(rank, [v], memory, options.layers, dtype, device)
     yield from prepared.missing()
-    for batch in batches(most) if prepared.models else ():
+    depth = prepared.depths.get(v.name)
+    if depth is None:
+        return
+    notes = [_UNCOUNTED] * (gpus > 1) + [_COMPUTED] * (depth.few is not None)
+    for batch in batches(most):
         record: Record = {
             "gpus": gpus,
             "batch": batch,
             "largest_batch": most,
-            "note": _UNCOUNTED if gpus > 1 else None,
+            "note": "; ".join(notes) or None,
             "weight_bytes_per_gpu": model_bytes(rank, v.scheme, dtype),
             "cache_bytes_per_gpu": rank.kv_cache_values(batch, context) * dtype.itemsize,
         }
@@ -117,7 +141,7 @@ def _sweep(v: Variant, options: Options, memory: int, dtype: torch.dtype, device
         if failed:
             yield record | {"status": FAILED, "reason": failed[v.name]}
             return
-        step, depth = steps[v.name], prepared.depths[v.name]
+        step = steps[v.name]
         yield record | {
             "status": OK,
             "method": depth.method,

@@ -14,6 +14,7 @@ On a CPU the same interface times plain loops by the wall clock.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -41,25 +42,39 @@ class Timing:
 
 @dataclass(frozen=True)
 class Round:
-    """Calls made ready to be run one after the other by `run`; kept, because a graph holds only their addresses."""
+    """Calls made ready to be run one after the other by `run`; kept, because a graph holds only their addresses.
+
+    outputs: what the first and the last call gave when they were run last.
+    """
 
     run: Call
     calls: tuple[Call, ...]
     device: torch.device
+    outputs: list[object]
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine itself reaches: bytes per second of a copy (read and write both counted), and operations per
-    second (two per multiply-add) of a large matrix product in `dtype`."""
+    """What the machine itself reaches: bytes per second of a copy (read and write both counted) and of a sum that only
+    reads, and operations per second (two per multiply-add) of a large matrix product in `dtype`.
+
+    Reading alone may be faster than copying, and a linear of few tokens does hardly anything else. Both are plain
+    kernels of torch, so a very good kernel can come out a little above what they reach.
+    """
 
     copy_bytes_per_second: float
+    read_bytes_per_second: float
     flops_per_second: float
     dtype: torch.dtype
 
+    @property
+    def bytes_per_second(self) -> float:
+        """The bandwidth: the larger of the two."""
+        return max(self.copy_bytes_per_second, self.read_bytes_per_second)
+
     def floor(self, bytes_moved: float, flops: float) -> float:
-        """Seconds that no kernel goes below: the longer of moving the bytes and doing the operations."""
-        return max(bytes_moved / self.copy_bytes_per_second, flops / self.flops_per_second)
+        """Seconds at these rates: the longer of moving the bytes and doing the operations."""
+        return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
 
 
 def copies(bytes_per_call: float, rotated: int = ROTATED_BYTES) -> int:
@@ -74,15 +89,18 @@ def ready(calls: Sequence[Call], device: torch.device | str) -> Round:
     """
     device = torch.device(device)
     kept = tuple(calls)
+    outputs: list[object] = []
+
+    def loop() -> None:
+        for i, call in enumerate(kept):
+            y = call()
+            if i == 0:
+                outputs[:] = [y, y]
+            outputs[1] = y
+
     if device.type != "cuda":
-        for call in kept:
-            call()
-
-        def loop() -> None:
-            for call in kept:
-                call()
-
-        return Round(loop, kept, device)
+        loop()
+        return Round(loop, kept, device, outputs)
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -90,11 +108,30 @@ def ready(calls: Sequence[Call], device: torch.device | str) -> Round:
             for call in kept:
                 call()
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph, stream=stream):
-        for call in kept:
-            call()
+    capture(loop, graph, stream)
     torch.cuda.synchronize(device)
-    return Round(graph.replay, kept, device)
+    return Round(graph.replay, kept, device, outputs)
+
+
+def capture(call: Call, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Capture `call` in `graph` on `stream`; if that fails, torch is left as it was before.
+
+    After a failure torch would go on with `stream` as the current one and with a random generator that still records; a
+    capture that succeeds ends the latter.
+    """
+    with torch.cuda.device(stream.device):
+        before = torch.cuda.current_stream()
+        spare = torch.zeros(1, device=stream.device)
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                call()
+        except BaseException:
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                spare.add_(1)
+            torch.cuda.set_stream(before)
+            raise
 
 
 def interleaved(
@@ -116,15 +153,26 @@ def interleaved(
 
 
 def measure_ceilings(device: torch.device | str, dtype: torch.dtype, repeats: int = 10) -> Ceilings:
-    """Copy bandwidth and matrix rate of this machine, measured now: what shares of the roofline are shares of."""
+    """Bandwidths and matrix rate of this machine, measured now: what shares of the roofline are shares of."""
     device = torch.device(device)
     large = device.type == "cuda"
     count, n = (1 << 29, 8192) if large else (1 << 24, 384)
     source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    timed = interleaved({"copy": [lambda: target.copy_(source)], "gemm": [lambda: torch.mm(a, b)]}, repeats, device)
-    return Ceilings(2 * count / timed["copy"].seconds, 2 * n**3 / timed["gemm"].seconds, dtype)
+    numbers = torch.randn(count // 2, device=device)  # twice the bytes of `source`
+    calls: dict[str, Sequence[Call]] = {
+        "copy": [lambda: target.copy_(source)],
+        "read": [lambda: numbers.sum()],
+        "gemm": [lambda: torch.mm(a, b)],
+    }
+    timed = interleaved(calls, repeats, device)
+    return Ceilings(
+        2 * count / timed["copy"].seconds,
+        numbers.nbytes / timed["read"].seconds,
+        2 * n**3 / timed["gemm"].seconds,
+        dtype,
+    )
 
 
 def _gpu_rounds(rounds: Mapping[str, Round], repeats: int) -> dict[str, list[float]]:

@@ -70,7 +70,7 @@ def kernels(
 
     Every kernel is compared with float64 first; one that is wrong is reported as wrong, not timed, and the exit code is
     1. Times are medians over rounds in which all take turns, on weights that are not in the cache. The roofline is what
-    this machine's copy bandwidth and 16-bit rate allow, both measured in the same run.
+    this machine's bandwidth and 16-bit rate allow, both measured in the same run.
     """
     started = time.perf_counter()
     with output.one_line_errors(debug):
@@ -118,8 +118,8 @@ def decode(
     bitwright bench decode --model llama-2-7b --scheme w4a16-g128 --batch 1,16
     bitwright bench decode --model opt-175b --scheme w3a16-g128 --no-baseline
 
-    The 16-bit model runs beside the quantized ones, in turns, and the median of each is reported. Where they do not fit
-    side by side, two depths are timed and the difference gives the rest; the table says so.
+    The 16-bit model runs beside the quantized ones, in turns, and the median of each is reported. Of a model that does
+    not fit beside the others two depths are timed and the difference gives the rest; the table says so.
     """
     started = time.perf_counter()
     with output.one_line_errors(debug):
@@ -213,7 +213,7 @@ def throughput(
     \b
     bitwright bench throughput --model llama-2-70b --scheme w4a16-g128 --context 1024
 
-    A 16-bit model that one GPU does not hold is measured as one rank of as many as it needs, communication left out.
+    A 16-bit model is measured as one rank of the fewest GPUs that hold it and of twice as many, communication left out.
     """
     started = time.perf_counter()
     with output.one_line_errors(debug):
