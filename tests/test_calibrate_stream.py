@@ -17,6 +17,7 @@ from bitwright.calibrate.capture import Group, first_tensor
 from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
 from bitwright.errors import NumericsError, StructureError
 from bitwright.scheme import WeightScheme
+from bitwright.split import InputSplit
 
 
 def rounding(block: nn.Module) -> Callable[[Group, Statistics], None]:
@@ -403,3 +404,34 @@ def test_calls_out_of_order_are_refused(tiny_model, one_pass: bool) -> None:
                 one_pass=one_pass,
             )
         assert no_hooks_left(rig.modules[0])
+
+
+def test_dead_columns_are_those_that_were_zero_before_rounding(tiny_model: Callable) -> None:
+    """What is small beside the other columns of its token has code 0 and leaves no trace in H, and is not dead."""
+    rig = rig_of(tiny_model("llama"))
+    module = rig.modules[0]
+    with torch.no_grad():
+        module.input_layernorm.weight[3] = 0.0
+        module.input_layernorm.weight[5] = 1e-6
+    columns = torch.arange(32)
+    split = InputSplit(columns[columns != 8].flip(0), columns[8:9], 4)
+    found: list[Statistics] = []
+    (group,) = [g for g in rig.groups(0) if "self_attn.q_proj" in g.names]
+    run_block(
+        "blk",
+        module,
+        None,
+        Streams(list(rig.hidden)),
+        rig.calls_of(0),
+        [group],
+        lambda g: Needs(split=split),
+        lambda g, stats: found.append(stats),
+        one_pass=True,
+        true_sequential=True,
+        routed=set(),
+        writers=[],
+    )
+    (stats,) = found
+    assert stats.dead is not None
+    assert split.order[stats.dead].tolist() == [3]
+    assert sorted(split.order[stats.H.diagonal() == 0].tolist()) == [3, 5]

@@ -301,6 +301,57 @@ def test_linears_behind_the_activation_function(tiny_model, family: str) -> None
         assert after == {x.name for x in found if x.name.endswith(ends)} and after
 
 
+class MLP(nn.Module):
+    """Linears of the given shapes beside an activation function, defined in the given order."""
+
+    def __init__(self, **shapes: tuple[int, int]) -> None:
+        super().__init__()
+        self.attention = nn.Linear(8, 8)
+        self.mlp = nn.Module()
+        for leaf, (N, K) in shapes.items():
+            setattr(self.mlp, leaf, nn.Linear(K, N))
+        self.mlp.act = nn.SiLU()
+
+
+@pytest.mark.parametrize("order", [("gate", "up", "down"), ("gate", "down", "up"), ("down", "up", "gate")])
+@pytest.mark.parametrize("inner", [6, 12, 16])
+def test_the_direction_tells_which_linear_is_behind_the_activation(order: tuple[str, ...], inner: int) -> None:
+    shapes = {"gate": (inner, 8), "up": (inner, 8), "down": (8, inner)}
+    found = discover(Custom(MLP(**{leaf: shapes[leaf] for leaf in order}))).blocks[0].linears
+    assert [x.name for x in found if x.after_activation] == ["blocks.0.mlp.down"]
+
+
+@pytest.mark.parametrize("inner", [4, 6, 8])
+@pytest.mark.parametrize("down_first", [False, True])
+def test_gate_and_up_in_one_matrix(inner: int, down_first: bool) -> None:
+    """inner 4 makes the fused matrix square, 8 the other."""
+    shapes = {"gate_up": (2 * inner, 8), "down": (8, inner)}
+    order = reversed(shapes) if down_first else shapes
+    found = discover(Custom(MLP(**{leaf: shapes[leaf] for leaf in order}))).blocks[0].linears
+    assert [x.name for x in found if x.after_activation] == ["blocks.0.mlp.down"]
+
+
+def test_linears_that_do_not_lead_back_are_not_behind_an_activation() -> None:
+    found = discover(Custom(MLP(one=(6, 8), two=(10, 6), three=(8, 10)))).blocks[0].linears
+    assert not any(x.after_activation for x in found)
+
+
+def test_phi3() -> None:
+    model = build_tiny(
+        tf.Phi3Config(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=1,
+        )
+    )
+    after = [x.name for x in discover(model).linears if x.after_activation]
+    assert after == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+
+
 def test_what_is_no_activation_function() -> None:
     """Dropout, norms without weights, rotary tables and modules that want other arguments are asked and declined."""
     from bitwright.models.discover import _is_activation

@@ -366,3 +366,11 @@ def test_configs_that_would_be_computed_wrongly_are_refused(path: str, value: An
         config[path] = value
     with pytest.raises(FormatError, match=message):
         ct.read_config(config, ["model.layers.0.up_proj"])
+
+
+def test_a_scheme_that_a_grid_alone_cannot_say_is_refused_with_a_way_out() -> None:
+    """w4a8 per channel: other tools write it, and here it would need weights of another kind."""
+    config = ct.write_config({"model.layers.0.up_proj": Scheme.parse("w8a8")}, [], {})
+    config["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    with pytest.raises(FormatError, match=r"config_groups\.group_0: w4a8 is not read.*vLLM.*dequantize"):
+        ct.read_config(config, ["model.layers.0.up_proj"])

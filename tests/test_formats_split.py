@@ -56,12 +56,32 @@ def test_everything_comes_back(
 
 @pytest.mark.parametrize("text", SCHEMES)
 def test_stored_bytes_are_the_stated_bits_per_weight(text: str) -> None:
-    """At widths that fill words and bytes; a clip and an order of columns come on top, and the shape is not counted."""
+    """At widths that fill words and bytes; the shape is not counted."""
     K = 640 if "-o" not in text else 640 + Scheme.parse(text).outliers.count
     tensor = random_split_tensor(32, K, text)
     stored = native.pack(tensor, tensor.scheme)
     assert sum(t.nbytes for key, t in stored.items() if key != "weight_shape") * 8 == tensor.bits_per_weight * 32 * K
     assert tensor.bits_per_weight == tensor.scheme.bits_per_weight(32, K)
+
+
+@pytest.mark.parametrize("text", ["w4a4-24", "w4a4-o16-24", "w16a16-24"])
+def test_an_order_of_columns_and_a_clip_count(text: str) -> None:
+    K = 640 if "-o" not in text else 656
+    tensor = random_split_tensor(32, K, text, shuffled=True, clip=0.75 if "a4" in text else 1.0)
+    stored = native.pack(tensor, tensor.scheme)
+    assert stored["weight_base_idx"].dtype == torch.int16
+    assert sum(t.nbytes for key, t in stored.items() if key != "weight_shape") * 8 == tensor.bits_per_weight * 32 * K
+    assert tensor.bits_per_weight > tensor.scheme.bits_per_weight(32, K) + 16 * 640 / (32 * K) - 1e-9
+
+
+@pytest.mark.parametrize("K", [48, 1 << 15, (1 << 15) + 4])
+def test_columns_are_stored_in_sixteen_bits_where_these_hold_them(K: int) -> None:
+    tensor = random_split_tensor(1, K, "w4a4-24", shuffled=True)
+    stored = native.pack(tensor, tensor.scheme)
+    assert stored["weight_base_idx"].dtype == (torch.int16 if K <= 1 << 15 else torch.int32)
+    assert_same(native.unpack(stored, tensor.scheme), tensor)
+    older = stored | {"weight_base_idx": stored["weight_base_idx"].to(torch.int32)}
+    assert_same(native.unpack(older, tensor.scheme), tensor)
 
 
 def test_two_of_four_by_hand() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from split_cases import random_split_tensor
 
-from bitwright.activations import quantize_asymmetric, quantize_symmetric
+from bitwright.activations import quantize_asymmetric, quantize_symmetric, rotate
 from bitwright.errors import SchemeError
 from bitwright.kernels import dispatch, reference
 from bitwright.kernels.problem import VNNI, cpu_features
 from bitwright.nn.linear import QuantLinear
+from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 INTEGER = ["w4a4", "w4a8", "w4a4-24", "w8a8-24", "w4a4-rot", "w8a8-rot"]
 WITH_OUTLIERS = ["w4a4-o16", "w4a8-o8", "w8a8-o16", "w4a4-o16-24", "w4a4-o16-rot", "w8a8-o16-rot"]
@@ -114,3 +118,46 @@ def test_a_weight_of_another_scheme_is_refused() -> None:
     tensor = random_split_tensor(8, 48, "w4a4-o16")
     with pytest.raises(SchemeError, match="w4a4-o16, the scheme says w4a4"):
         dispatch.prepare(tensor, Scheme.parse("w4a4"), torch.float32)
+
+
+def test_a_weight_of_another_kind_is_refused() -> None:
+    """Also where the grids are equal: a grid alone does not say how the input is split, and a split says too much."""
+    split = random_split_tensor(8, 48, "w4a4-o16")
+    grid = random_split_tensor(8, 48, "w4a4").base
+    assert isinstance(grid, QuantizedTensor)
+    for text in ("w4a8", "w4a4", "w4a4-o16"):
+        with pytest.raises(SchemeError, match=f"a weight at {text} is a SplitTensor, not a QuantizedTensor at"):
+            dispatch.prepare(grid, Scheme.parse(text), torch.float32)
+    with pytest.raises(SchemeError, match="a weight at w4a16 is a QuantizedTensor, not a SplitTensor at w4a4-o16"):
+        dispatch.prepare(split, Scheme.parse("w4a16"), torch.float32)
+
+
+def sums_beyond_float32(text: str, K: int = 49152) -> tuple[SplitTensor, torch.Tensor]:
+    """One row and one token whose sum of products passes 2^24 many times over and is no multiple of a power of two, so
+    that a float32 sum over too many columns cannot hold it."""
+    tensor = random_split_tensor(1, K, text)
+    assert isinstance(tensor.base, QuantizedTensor)
+    lowest = tensor.scheme.weight.qmin
+    codes = torch.full((1, K), lowest, dtype=torch.int8)
+    codes[:, ::7] = lowest + 1
+    x = torch.ones(1, K)
+    x[:, ::11] = 0.99
+    if tensor.split.block:  # two rotations are the block's size times the identity
+        x = rotate(x, tensor.split.block) / tensor.split.block
+    return replace(tensor, base=replace(tensor.base, codes=codes)), x
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=["plain", "this machine"])
+@pytest.mark.parametrize("text", ["w4a8", "w8a8-rot"])
+def test_long_sums_stay_exact(text: str, features: frozenset[str]) -> None:
+    tensor, x = sums_beyond_float32(text)
+    packed, _ = dispatch.prepare(tensor, tensor.scheme, torch.float32, features=features)
+    assert torch.equal(packed(x), reference.linear(x, tensor, tensor.scheme))
+
+
+@pytest.mark.parametrize("text", ["w4a8", "w8a8-rot"])
+def test_long_sums_would_show_a_bound_that_is_too_wide(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, x = sums_beyond_float32(text)
+    packed, _ = dispatch.prepare(tensor, tensor.scheme, torch.float32, features=frozenset())
+    monkeypatch.setattr("bitwright.kernels.split._EXACT_COLUMNS", 65536)
+    assert not torch.equal(packed(x), reference.linear(x, tensor, tensor.scheme))

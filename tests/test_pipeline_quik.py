@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, MOE_FAMILIES
+from conftest import FAMILIES, MOE_FAMILIES, build_tiny, save_tokenizer, tiny_config
 from pipeline_oracle import IDS, TEXT, WIDE, module_name, weights
 
 from bitwright.calibrate.data import calibration_samples, read_text
@@ -75,7 +75,7 @@ def test_every_family_runs_as_the_reference_says(
     assert packed.keys() == found.keys()
     for name, module in packed.items():
         assert torch.equal(module.dequantize(), found[name].dequantize())
-        module.packed = lambda x, tensor=found[name]: reference.split_linear(x, tensor)
+        module.packed.linear = lambda x, bias, tensor=found[name]: reference.linear(x, tensor, tensor.scheme, bias)
     torch.testing.assert_close(logits(model), got, rtol=1e-4, atol=1e-4)
     source = logits(load(wide(family), torch.float32))
     assert (got - source).norm() < 0.7 * source.norm()
@@ -182,6 +182,44 @@ def test_two_of_four_in_attention_alone_by_a_recipe(wide: Callable[..., Path], t
             assert (zeros >= 2).all() and str(tensor.scheme).endswith("-24"), name
     plain = load(result.out, torch.float32, packed=False)
     assert torch.isfinite(logits(plain)).all() and torch.isfinite(logits(load(result.out))).all()
+
+
+def test_bits_per_weight_are_the_bytes_on_disk(wide: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """Orders of columns and clips included, outliers only where an input took them."""
+    recipe = Recipe(
+        (
+            Rule("lm_head", Scheme.parse("w8a16"), "rtn"),
+            Rule("self_attn", Scheme.parse("w4a4-o16-24"), "quik"),
+            Rule(".", Scheme.parse("w4a4-o16"), "quik", {"threshold": 1e9}),
+        )
+    )
+    source = wide("llama")
+    result = quantize(source, tmp_path / "out", recipe=recipe, calibration=text, **SMALL)
+    stored = {k: t for k, t in weights(result.out).items() if re.search(r"\.weight_(?!shape)", k)}
+    assert any(k.endswith("weight_base_idx") for k in stored) and any(k.endswith("weight_clip") for k in stored)
+    assert not any("mlp" in k and "outlier" in k for k in stored)
+    bits = 8 * sum(t.nbytes for t in stored.values()) / result.record["quantized_weights"]
+    assert result.record["bits_per_weight"] == pytest.approx(bits, abs=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4-o16", "w4a4-o16-rot"])
+def test_weights_of_small_inputs_are_kept(text: str, tmp_path: Path, scheme: str) -> None:
+    """Column 5 is too small for the grid of any token, column 6 is always zero: only the latter is dead, and where a
+    rotation mixes it with others not even that."""
+    model = build_tiny(tiny_config("llama", **WIDE["llama"])).to(torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = 1e-5
+        model.model.layers[0].input_layernorm.weight[6] = 0
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    arguments: dict[str, Any] = {"scheme": scheme, "algorithm": "quik", "calibration": text, **SMALL}
+    result = quantize(tmp_path / "source", tmp_path / "out", **arguments)
+    name = "model.layers.0.self_attn.q_proj"
+    W, Q = model.get_submodule(name).weight.float(), matrices(result)[name].dequantize()
+    assert (Q[:, 5] - W[:, 5]).norm() < 0.3 * W[:, 5].norm()
+    assert result.record["layers"][name].get("dead_columns", 0) == (0 if "rot" in scheme else 1)
+    if "rot" not in scheme:
+        assert not Q[:, 6].any()
 
 
 def test_w8a8_goes_to_compressed_tensors_by_quik_too(wide: Callable[..., Path], text: str, tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ def test_split_schemes() -> None:
         ("o10", 20, 10, 16),  # what follows from a proportion comes in steps
         ("o5%", 4096, None, 208),  # 204.8
         ("o5%", 64, None, 16),
+        ("o90%", 32, None, 16),  # 28.8, and a base column must remain
+        ("o97%", 48, None, 32),
+        ("o5%", 16, None, 16),  # at least one step, which is then refused by name
     ],
 )
 def test_outlier_columns(text: str, K: int, width: int | None, columns: int) -> None:

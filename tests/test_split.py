@@ -68,3 +68,18 @@ def test_an_input_without_outliers_is_no_contradiction() -> None:
     tensor = random_split_tensor(8, 48, "w4a4")
     none = replace(tensor, scheme=Scheme.parse("w4a4-o16"))
     assert none.bits_per_weight == tensor.bits_per_weight == 4 + 16 / 48
+
+
+def test_a_base_with_an_order_of_its_own_is_refused() -> None:
+    tensor = random_split_tensor(8, 48, "w4a4")
+    with pytest.raises(FormatError, match="order of its own"):
+        replace(tensor, base=replace(tensor.base, order=torch.randperm(48)))
+
+
+def test_a_mask_of_columns_goes_with_them() -> None:
+    split = InputSplit(torch.tensor([3, 0, 1, 5]), torch.tensor([2, 4]), 4)
+    mask = torch.tensor([True, False, True, True, False, False])
+    assert split.arrange_mask(mask).tolist() == [True, True, False, False, True, False]
+    rotated = InputSplit(torch.tensor([3, 0, 1, 5]), torch.tensor([2, 4]), 4, block=2)
+    assert rotated.arrange_mask(mask).tolist() == [True, True, False, False, True, False]
+    assert replace(rotated, block=4).arrange_mask(mask).tolist() == [False, False, False, False, True, False]

@@ -13,7 +13,7 @@ import platform
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -142,18 +142,30 @@ def make_record(
     return {
         "scheme": schemes[0] if len(schemes) == 1 else "mixed",
         "algorithm": "+".join(sorted({e.algorithm for e in plan.entries.values()})),
-        "bits_per_weight": round(plan.bits_per_weight, 6),
+        "bits_per_weight": round(_written_bits(layers, plan), 6),
         "quantized_layers": len(plan.entries),
         "quantized_weights": sum(e.linear.numel for e in plan.entries.values()),
         "parameters": source.structure.parameters,
         "fallbacks": sum("fallback" in r for r in layers.values()),
         "format": plan.format.NAME,
         "portability": list(plan.portability),
+        "notes": list(plan.notes),
         "request": request,
         "options": {name: _plain(e.options) for name, e in _distinct(plan).items()},
         "layers": layers,
         "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
     }
+
+
+def _written_bits(layers: Mapping[str, Any], plan: Plan) -> float:
+    """Average stored bits of what was written: a plan knows neither which inputs take no outliers nor in what order
+    columns are stored. Heads and embeddings have no record yet, and their schemes say it exactly."""
+    total = 0.0
+    for name, e in plan.entries.items():
+        known = name in layers
+        bits = layers[name]["bits_per_weight"] if known else e.scheme.bits_per_weight(e.linear.N, e.linear.K)
+        total += bits * e.linear.numel
+    return total / sum(e.linear.numel for e in plan.entries.values())
 
 
 def _distinct(plan: Plan) -> dict[str, Any]:

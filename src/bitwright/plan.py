@@ -40,7 +40,8 @@ class Entry:
 @dataclass(frozen=True)
 class Plan:
     """entries by module path; kept: (name, reason) of every matrix that stays; format to write; portability notes;
-    dtype that scales and unquantized tensors are stored in; untie: a tied lm_head gets its own tensor."""
+    dtype that scales and unquantized tensors are stored in; untie: a tied lm_head gets its own tensor; notes: what a
+    user would not expect of it."""
 
     entries: Mapping[str, Entry]
     kept: tuple[tuple[str, str], ...]
@@ -48,6 +49,7 @@ class Plan:
     portability: tuple[str, ...]
     dtype: torch.dtype
     untie: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Average stored bits over the quantized matrices."""
+        """Average stored bits over the quantized matrices as their schemes say; the record has what was written."""
         bits = sum(e.scheme.bits_per_weight(e.linear.N, e.linear.K) * e.linear.numel for e in self.entries.values())
         return bits / sum(e.linear.numel for e in self.entries.values())
 
@@ -117,7 +119,10 @@ def make_plan(
     classes = {n: e.linear.class_name for n, e in entries.items() if e.linear.class_name != "Linear"}
     chosen = choose(schemes, widths, requested_format, classes)
     notes = portability(schemes, ignore=ignored(source, entries), widths=widths, classes=classes, requested=chosen.NAME)
-    return Plan(entries, tuple(dict.fromkeys(kept)), chosen, tuple(notes), output_dtype(source, dtype), untie)
+    surprises = _unprotected(structure, entries)
+    return Plan(
+        entries, tuple(dict.fromkeys(kept)), chosen, tuple(notes), output_dtype(source, dtype), untie, surprises
+    )
 
 
 def disk_name(source: SourceModel, module: str) -> str:
@@ -189,14 +194,41 @@ def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
 
 def after_activation(scheme: Scheme, options: QUIKOptions) -> Scheme:
     """The scheme of a linear behind the activation function: the option's, with the outliers, rotation and 2:4 of the
-    others where it asks for w8a8 or the like and says nothing itself. Weight-only schemes stay as they are."""
+    others where it asks for w8a8 or the like and says nothing itself. Weight-only schemes stay as they are: what is
+    hard to round there are activations."""
     asked = Scheme.parse(options.after_activation)
-    if scheme.activation_bits == UNQUANTIZED_BITS or not asked.plain:
-        return scheme if asked.plain else asked
+    if scheme.activation_bits == UNQUANTIZED_BITS:
+        return scheme
+    if not asked.plain:
+        return asked
     if scheme.weight.bits >= asked.weight.bits and scheme.activation_bits >= asked.activation_bits:
         return scheme
     rotated = scheme.rotated and asked.activation_bits < UNQUANTIZED_BITS
     return replace(asked, outliers=scheme.outliers, rotated=rotated, sparse=scheme.sparse)
+
+
+def _unprotected(structure: Structure, entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """A note if some blocks have no linear that is known to read the output of an activation function, although what
+    is asked for them would treat it apart."""
+    found = []
+    for block in structure.blocks:
+        asked = [entries[x.name] for x in block.all_linears if x.name in entries]
+        apart = any(
+            isinstance(e.options, QUIKOptions)
+            and e.options.after_activation != SAME
+            and after_activation(e.scheme, e.options) != e.scheme
+            for e in asked
+        )
+        if apart and not any(x.after_activation for x in block.all_linears):
+            found.append(block.name)
+    if not found:
+        return ()
+    where = found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+    return (
+        f"no linear behind an activation function was found in {where}: after_activation changes nothing there, and "
+        "all linears have the scheme of their rule; if one of them reads an activation function's output, give it a "
+        "rule of its own (w8a8)",
+    )
 
 
 def _check_algorithm(name: str, scheme: Scheme, algorithm: str) -> None:

@@ -106,11 +106,11 @@ class OutlierScheme:
     def columns(self, K: int, width: int | None = None) -> int:
         """Outlier columns of a width-K input. width: a count is meant for inputs of this width and grows in proportion
         for wider ones (None: it is meant as it is). What follows from a share or a proportion is rounded to
-        `OUTLIER_STEP` columns, at least one step."""
+        `OUTLIER_STEP` columns: at least one step, and where K is wider than a step, fewer than K."""
         if self.count is not None and (width is None or width >= K):
             return self.count
         wanted = K * (self.share / 100 if self.share is not None else (self.count or 0) / (width or K))
-        return max(1, round(wanted / OUTLIER_STEP)) * OUTLIER_STEP
+        return max(1, min(round(wanted / OUTLIER_STEP), (K - 1) // OUTLIER_STEP)) * OUTLIER_STEP
 
     def __str__(self) -> str:
         return f"o{self.count}" if self.count is not None else f"o{self.share:g}%"

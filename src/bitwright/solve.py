@@ -132,7 +132,8 @@ def solve_group(
                 result = gptq(W, stats.H, scheme.weight, options, correction=correction, scale_dtype=dtype)
             else:
                 Wz = stats.split.arrange_weight(W)
-                result = quik(Wz, stats.H, scheme, stats.split, options, correction=correction, scale_dtype=dtype)
+                given: dict[str, Any] = {"correction": correction, "dead": stats.dead, "scale_dtype": dtype}
+                result = quik(Wz, stats.H, scheme, stats.split, options, **given)
         begin = 0
         for e, name in zip(members, names, strict=True):
             rows = slice(begin, begin + e.linear.N)

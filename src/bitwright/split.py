@@ -1,9 +1,9 @@
 """Matrices whose input columns are split: most on an integer grid, a few outliers at 16 bits.
 
-`InputSplit` belongs to an input, not to a linear: linears that read the same tensor share it, so that the work on the
-activations is done once. It maps an input x [..., K] to its *arranged* form z [..., K], base columns first (in the
-order in which they are stored), outliers last; with a rotation, the base part of z is rotated. `SplitTensor` is a
-weight in arranged form: W x = W_z z.
+`InputSplit` belongs to an input, not to a linear: linears that read the same tensor get the same one, so that
+calibration gathers their statistics once. (Packed, each of them still splits and quantizes the input for itself.) It
+maps an input x [..., K] to its *arranged* form z [..., K], base columns first (in the order in which they are stored),
+outliers last; with a rotation, the base part of z is rotated. `SplitTensor` is a weight in arranged form: W x = W_z z.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from bitwright.activations import quantize_asymmetric, quantize_symmetric, rotat
 from bitwright.errors import FormatError
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+
+CLIP_BITS = 32
+
+
+def order_bits(K: int) -> int:
+    """Bits that a stored base column of a width-K input takes where their order is stored."""
+    return 16 if K <= 1 << 15 else 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,11 @@ class InputSplit:
         """Original column of every arranged one, int64 [K]."""
         return torch.cat((self.base_idx, self.outlier_idx))
 
+    @cached_property
+    def ascending(self) -> bool:
+        """Whether base columns are stored in the order of the input, which then need not be stored itself."""
+        return bool((self.base_idx[1:] > self.base_idx[:-1]).all())
+
     @property
     def K(self) -> int:
         """Width of the input."""
@@ -81,6 +93,14 @@ class InputSplit:
             codes, scale, zero = quantize_asymmetric(base, self.clip)
             base = (codes - zero) * scale
         return torch.cat((base.float(), outliers.float()), dim=-1)
+
+    def arrange_mask(self, mask: Tensor) -> Tensor:
+        """bool [K] of the input's columns -> bool [K] of the arranged ones: where a rotation mixes columns, those of a
+        block in which it holds for all."""
+        base = mask[self.base_idx]
+        if self.block:
+            base = base.view(-1, self.block).all(1, keepdim=True).expand(-1, self.block).reshape(-1)
+        return torch.cat((base, mask[self.outlier_idx]))
 
     def arrange_weight(self, W: Tensor) -> Tensor:
         """W [N, K] -> W_z [N, K] float32 with W_z · arrange(x) = W · x."""
@@ -125,6 +145,10 @@ class SplitTensor:
             isinstance(self.base, QuantizedTensor) and self.base.scheme != self.scheme.weight
         ):
             raise FormatError(f"the base columns are not on the grid of {self.scheme}")
+        if isinstance(self.base, QuantizedTensor) and self.base.order is not None:
+            raise FormatError(
+                "the base of a split weight has an order of its own; the split says how columns are stored"
+            )
         if self.split.bits != self.scheme.activation_bits or bool(self.split.block) != self.scheme.rotated:
             raise FormatError(f"the input is not split as {self.scheme} says")
 
@@ -140,10 +164,13 @@ class SplitTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, everything included (a clip and a stored column order apart)."""
+        """Stored bits per weight, everything included: a clip and an order of the base columns where there is one, so
+        that it may lie above what the scheme alone says."""
         N, K = self.shape
         taken = self.scheme if len(self.split.outlier_idx) else replace(self.scheme, outliers=None)
-        return taken.bits_per_weight(N, K)
+        extra = 0 if self.split.ascending else len(self.split.base_idx) * order_bits(K)
+        extra += 0 if self.split.clip == 1 else CLIP_BITS
+        return taken.bits_per_weight(N, K) + extra / (N * K)
 
     def arranged(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_z [N, K]: base as dequantized, then outliers; formed in float32 and rounded once to `dtype`."""

@@ -50,8 +50,10 @@ class Factor:
     damp_percent: float
 
 
-def damped(H: Tensor, damp_percent: float, shrinkage: float = 0.0) -> Tensor:
-    """H + shrinkage * diag(H) + damp_percent * mean(diag H) * I; a dead column (H_jj = 0) gets the mean instead.
+def damped(H: Tensor, damp_percent: float, shrinkage: float = 0.0, dead: Tensor | None = None) -> Tensor:
+    """H + shrinkage * diag(H) + damp_percent * mean(diag H) * I; a dead column gets the mean instead.
+
+    dead: bool [K]; None = every column with H_jj = 0.
 
     The constant term guards the factorization. The proportional one shrinks the correlations between columns towards
     none, as is done for covariances estimated from few samples, and is what carries over to other text.
@@ -60,22 +62,25 @@ def damped(H: Tensor, damp_percent: float, shrinkage: float = 0.0) -> Tensor:
     diagonal = H.diagonal()
     mean = diagonal.mean()
     floor = torch.where(mean > 0, mean, torch.ones_like(mean))
-    out.diagonal().add_(torch.where(diagonal <= 0, floor, shrinkage * diagonal + damp_percent * floor))
+    dead = diagonal <= 0 if dead is None else dead
+    out.diagonal().add_(torch.where(dead, floor, shrinkage * diagonal + damp_percent * floor))
     return out
 
 
-def factorize(H: Tensor, perm: Tensor, damp_percent: float, shrinkage: float = 0.0) -> Factor | None:
+def factorize(
+    H: Tensor, perm: Tensor, damp_percent: float, shrinkage: float = 0.0, dead: Tensor | None = None
+) -> Factor | None:
     """Upper Cholesky factor U of damped(H)^-1 in the order perm, or None when no damping up to 1 helps.
 
     H fp32 [K, K], not changed. One factorization: with J the reversal, J H J = L L^T gives U = J L^-1 J.
-    On failure damp_percent grows tenfold.
+    On failure damp_percent grows tenfold. dead: bool [K]; None = every column with H_jj = 0.
     """
     if not bool(torch.isfinite(H.diagonal().sum())):
         return None
-    dead = H.diagonal() <= 0
+    dead = H.diagonal() <= 0 if dead is None else dead
     damp = damp_percent
     while True:
-        L, info = torch.linalg.cholesky_ex(damped(H, damp, shrinkage)[perm][:, perm].flip(0, 1))
+        L, info = torch.linalg.cholesky_ex(damped(H, damp, shrinkage, dead)[perm][:, perm].flip(0, 1))
         if int(info) == 0:
             eye = torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
             U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)

@@ -28,7 +28,7 @@ from bitwright.algorithms.sweep import Project, column_sweep
 from bitwright.errors import SchemeError
 from bitwright.numerics import Grid, Search, choose_grid, encode, quantized
 from bitwright.qtensor import spread
-from bitwright.scheme import UNQUANTIZED_BITS, Scheme
+from bitwright.scheme import OUTLIER_STEP, UNQUANTIZED_BITS, Scheme
 from bitwright.split import InputSplit, SplitTensor
 
 Measure = Literal["max", "energy"]
@@ -121,8 +121,8 @@ def check_columns(K: int, scheme: Scheme, layer: str) -> None:
     count = 0 if scheme.outliers is None else scheme.outliers.columns(K)
     if count >= K:
         raise SchemeError(
-            f"{layer}: {count} outlier columns ({scheme}) leave no other in an input of {K}; use fewer, or a share "
-            "such as -o5%"
+            f"{layer}: {count} outlier columns ({scheme}) leave no other in an input of {K}; ask for a smaller number "
+            f"of them (a share is at least {OUTLIER_STEP} columns), or keep the layer"
         )
     if scheme.sparse and (K % GROUP or count % GROUP):
         raise SchemeError(
@@ -156,17 +156,21 @@ def quik(
     options: QUIKOptions = QUIKOptions(),
     *,
     correction: Tensor | None = None,
+    dead: Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> SplitResult:
     """Quantize W_z [N, K] (arranged as `split` says) against H [K, K], the mean z^T z of the inputs as seen.
 
-    correction: D [N, K] = mean d z^T for the asymmetric target (see gptq), or None. Rounds to nearest, and says so,
-    where no damping up to 1 makes H factorizable.
+    correction: D [N, K] = mean d z^T for the asymmetric target (see gptq), or None. dead: bool [K], arranged columns
+    whose exact inputs were all zero; their weights become 0. H does not say: a column that is small beside the others
+    has code 0 at every token, so H_jj = 0, and yet it carries something. It is rounded with the damping as its
+    diagonal. None: none is dead. Rounds to nearest, and says so, where no damping up to 1 makes H factorizable.
     """
     Wz = Wz.float()
     B = len(split.base_idx)
     perm = _order(H, B, options.act_order is not False and not scheme.sparse)
-    factor = factorize(H, perm, options.damp_percent, options.shrinkage)
+    dead = torch.zeros(len(perm), dtype=torch.bool, device=H.device) if dead is None else dead
+    factor = factorize(H, perm, options.damp_percent, options.shrinkage, dead)
     if factor is None:
         why = "rtn: the Hessian has no factor with damping up to 1"
         tensor = round_to_nearest(Wz, scheme, split, options.search, scale_dtype)

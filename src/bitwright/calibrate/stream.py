@@ -45,12 +45,14 @@ class Needs:
 @dataclass
 class Statistics:
     """What was gathered at one group's input: H [K, K] mean x^T x, fp32; tokens; a correction D [N, K] per linear;
-    split: that of `Needs`, in whose arranged form H and D are."""
+    split: that of `Needs`, in whose arranged form H and D are; dead: with a split, bool [K] of the arranged columns
+    that were zero at every token before they were rounded (H has the rounded ones)."""
 
     H: Tensor
     tokens: int
     corrections: dict[str, Tensor] = field(default_factory=dict)
     split: InputSplit | None = None
+    dead: Tensor | None = None
 
 
 class _Gathering:
@@ -65,6 +67,7 @@ class _Gathering:
             self.weights = {name: needs.split.arrange_weight(weight) for name, weight in weights.items()}
         self.root = 1.0 if routed else needs.sink_weight**0.5
         self.gram = Gram(K, first.device)
+        self.dead = torch.ones(K, dtype=torch.bool, device=first.device)
         # A writer's correction is summed in output space [N, K]; shared inputs sum (y - x)^T x [K, K] once for all.
         self.cross = torch.zeros(N if group.writes else K, K, device=first.device) if needs.correction else None
 
@@ -72,7 +75,12 @@ class _Gathering:
         """x, y: the group's input in both streams, made from hidden states of `shape` [B, L, D]; drift [B, L, D]:
         reference minus quantized residual stream there."""
         L, K = shape[1], x.shape[-1]
-        x = x.reshape(-1, K).float() if self.split is None else self.split.seen(x.reshape(-1, K))
+        x = x.reshape(-1, K)
+        if self.split is None:
+            x = x.float()
+        else:
+            self.dead &= (x == 0).all(0)
+            x = self.split.seen(x)
         scaled = _scale_first(x, L, self.root)
         self.gram.add(scaled)
         if self.cross is None or y is None:
@@ -95,7 +103,8 @@ class _Gathering:
                 f"activations entering {names} hold NaN or Inf (or overflow float32 when squared); "
                 "the source model itself produces them on this text: try dtype float32 or other calibration text"
             )
-        stats = Statistics(H, self.gram.tokens, split=self.split)
+        dead = None if self.split is None else self.split.arrange_mask(self.dead)
+        stats = Statistics(H, self.gram.tokens, split=self.split, dead=dead)
         if self.cross is not None:
             mean = self.cross / max(1, self.gram.tokens)
             for name, weight in self.weights.items():

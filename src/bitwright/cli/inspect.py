@@ -156,6 +156,8 @@ def _record_for_people(record: Mapping[str, Any]) -> dict[str, Any]:
             ],
             "matrices": _drawn_together(((name, _layer(x)) for name, x in layers.items()), _errors),
         }
+        if record.get("notes"):
+            shown["notes"] = "; ".join(record["notes"])
         fallbacks = [(name, {"reason": x["fallback"]}) for name, x in layers.items() if "fallback" in x]
         if fallbacks:
             shown["fallbacks"] = [{"name": name, **reason} for name, reason in fallbacks]

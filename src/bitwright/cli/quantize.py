@@ -106,6 +106,8 @@ def quantize(
             )
         # The layers are in the folder's bitwright.json; here only what can be said in a line each.
         summary = {k: v for k, v in result.record.items() if not isinstance(v, dict | list)}
+        if result.record.get("notes"):
+            summary["notes"] = "; ".join(result.record["notes"])
         values = {"out": str(result.out), "weights_bytes": weights_bytes(Path(result.out)), **summary}
         if json:
             output.print_json({"command": "quantize", **values, "run": result.run, **output.usage(started)})

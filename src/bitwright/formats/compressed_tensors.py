@@ -269,9 +269,15 @@ def _read_group(key: str, group: Any, default_format: str | None) -> Scheme:
         raise FormatError(f"{where}: strategy {strategy!r} with group_size {g!r} is not read")
     try:
         weight = WeightScheme(int(w.get("num_bits", 8)), group_size, bool(w.get("symmetric", True)))
-        return Scheme(weight, _read_activations(where, group))
+        scheme = Scheme(weight, _read_activations(where, group))
     except SchemeError as error:
         raise FormatError(f"{where}: {error}") from error
+    if not scheme.plain:
+        raise FormatError(
+            f"{where}: {scheme} is not read from compressed-tensors; load the folder with vLLM, or dequantize it with "
+            "transformers (CompressedTensorsConfig(dequantize=True)) and quantize it anew"
+        )
+    return scheme
 
 
 def _read_activations(where: str, group: Mapping[str, Any]) -> int:

@@ -8,14 +8,15 @@
 ``weight_kept``         uint8        [N, ceil(B/8)]            2:4 only: which two of each four are stored
 ``weight_outliers``     16-bit       [N, O]                    absent if O = 0
 ``weight_outlier_idx``  int32        [O]                       original columns, ascending; absent if O = 0
-``weight_base_idx``     int32        [B]                       original columns as stored; absent if ascending
+``weight_base_idx``     int16/int32  [B]                       original columns as stored; absent if ascending
 ``weight_clip``         float32      [1]                       of 4-bit activations; absent if 1
 ======================  ===========  ========================  ===============================================
 
 B = K - O base columns; S = B, for 2:4 S = B/2: the two stored values of each group of four, in their order. A group's
 nibble holds the position of the first in its low two bits and of the second in the next two, first < second; group 2i
 is the low nibble of byte i. Rows with fewer than two values that are not zero store zeros. Row sums, which kernels
-need for zero points, follow from the codes and are not stored; the block of a rotation follows from B.
+need for zero points, follow from the codes and are not stored; the block of a rotation follows from B. Base columns are
+written as int16 where K <= 32768, and read in both widths: older folders have int32 throughout.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bitwright.formats.dense import PACKED, SCALE, SHAPE, check_scale, expect, f
 from bitwright.packing import pack_rows, packed_words, unpack_rows
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS, Scheme
-from bitwright.split import InputSplit, SplitTensor
+from bitwright.split import InputSplit, SplitTensor, order_bits
 
 VALUES = "weight_values"
 KEPT = "weight_kept"
@@ -63,8 +64,8 @@ def pack(tensor: SplitTensor, layer: str = "") -> dict[str, Tensor]:
         _check_values(tensor.outliers, OUTLIERS, layer)
         tensors[OUTLIERS] = tensor.outliers.contiguous()
         tensors[OUTLIER_IDX] = split.outlier_idx.to(torch.int32)
-    if not torch.equal(split.base_idx, split.base_idx.sort().values):
-        tensors[BASE_IDX] = split.base_idx.to(torch.int32)
+    if not split.ascending:
+        tensors[BASE_IDX] = split.base_idx.to(torch.int16 if order_bits(split.K) == 16 else torch.int32)
     if split.clip != 1:
         tensors[CLIP] = torch.tensor([split.clip], dtype=torch.float32)
     return tensors
@@ -84,7 +85,8 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, layer: str = "") -> Sp
         outlier_idx = outlier_idx.to(torch.int64)
     B = K - len(outlier_idx)
     if BASE_IDX in tensors:
-        expect(tensors[BASE_IDX], BASE_IDX, (B,), torch.int32, layer)
+        narrow = tensors[BASE_IDX].dtype == torch.int16 and order_bits(K) == 16
+        expect(tensors[BASE_IDX], BASE_IDX, (B,), torch.int16 if narrow else torch.int32, layer)
         base_idx = tensors[BASE_IDX].to(torch.int64)
     else:
         free = torch.ones(K, dtype=torch.bool, device=device)

@@ -76,9 +76,12 @@ def prepare(
     """Pack `qt` for activations of `dtype` on `device` with the implementation that suits best.
 
     features: of the machine; None = this one's. A weight with an `order` is packed as it is stored, behind one
-    permutation of the activations, whatever the implementation. Raises SchemeError if `qt` is not on the scheme's grid,
-    BitwrightError if there is no such device.
+    permutation of the activations, whatever the implementation. Raises SchemeError if `qt` is not on the scheme's grid
+    or not of the kind that the scheme needs, BitwrightError if there is no such device.
     """
+    if isinstance(qt, SplitTensor) == scheme.plain:
+        needed = QuantizedTensor if scheme.plain else SplitTensor
+        raise SchemeError(f"a weight at {scheme} is a {needed.__name__}, not a {type(qt).__name__} at {qt.scheme}")
     if isinstance(qt, SplitTensor):
         if qt.scheme != scheme:
             raise SchemeError(f"the weight is quantized at {qt.scheme}, the scheme says {scheme}")

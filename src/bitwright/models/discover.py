@@ -32,7 +32,8 @@ def discover(model: nn.Module) -> Structure:
     `disk_name` of every linear is set to its module path; `load.open_model` replaces it by the real one.
     """
     blocks_name, block_list = _block_list(model)
-    blocks = tuple(_block(model, f"{blocks_name}.{i}", m) for i, m in enumerate(block_list))
+    hidden = _hidden_size(model)
+    blocks = tuple(_block(model, f"{blocks_name}.{i}", m, hidden) for i, m in enumerate(block_list))
     if not any(block.all_linears for block in blocks):
         raise StructureError(f"{blocks_name}: no linear found in its {len(blocks)} blocks; nothing could be quantized")
     _refuse_shared(model, blocks)
@@ -108,7 +109,20 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best_name, best
 
 
-def _block(model: nn.Module, name: str, block: nn.Module) -> Block:
+def _hidden_size(model: nn.Module) -> int | None:
+    """Width of what goes from block to block: as the config states it (embeddings may be narrower), else that of the
+    embedding."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    stated = getattr(config, "hidden_size", None)
+    if isinstance(stated, int):
+        return stated
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else weight.shape[-1]
+
+
+def _block(model: nn.Module, name: str, block: nn.Module, hidden: int | None) -> Block:
     stacks = {path: m for path, m in block.named_modules() if _has_stack(m)}
     experts = tuple(_stack(model, f"{name}.{path}", path, m) for path, m in stacks.items())
     lists = {path: m for path, m in block.named_modules() if _is_expert_list(m)}
@@ -145,7 +159,7 @@ def _block(model: nn.Module, name: str, block: nn.Module) -> Block:
             f"{name}: {100 * unknown / (known + unknown):.0f} % of its matrix weights are in parameters that are no "
             f"linears (first {odd[0].name} {list(odd[0].shape)}: {odd[0].reason}); this model is not supported"
         )
-    after = {f"{name}.{path}" for path in _after_activation(block)}
+    after = {f"{name}.{path}" for path in _after_activation(block, hidden)}
     linears = [replace(x, after_activation=x.name in after) for x in linears]
     router_names = tuple(k.name for k in kept if k.reason.startswith("router"))
     return Block(name, type(block).__name__, tuple(linears), experts, router_names, tuple(kept), vector_params)
@@ -200,21 +214,26 @@ def _stack(model: nn.Module, name: str, path: str, module: nn.Module) -> ExpertS
     return ExpertStack(name, path, kind, E, gate, linears(upper[-1], inner, hidden), down)
 
 
-def _after_activation(block: nn.Module) -> set[str]:
+def _after_activation(block: nn.Module, hidden: int | None) -> set[str]:
     """Paths of the linears that read the output of an activation function.
 
-    They are found beside it: in a module that owns an activation and linears, the last of those, if it maps back what
-    an earlier one of them maps there (up [I, H], down [H, I]).
+    They are found beside it: in a module that owns an activation and linears, those [hidden, I] for which another maps
+    there, [I, hidden], or [2I, hidden] where gate and up are one. Where I is the hidden size, shapes do not tell which
+    way a matrix goes, and the last one defined is taken.
     """
     found = set()
     for path, module in block.named_modules():
-        own = [(leaf, m) for leaf, m in module.named_children() if isinstance(m, nn.Linear)]
+        own = {leaf: m for leaf, m in module.named_children() if isinstance(m, nn.Linear)}
         if len(own) < 2 or not any(_is_activation(m) for m in module.children()):
             continue
-        leaf, last = own[-1]
-        N, K = last.weight.shape
-        if any(tuple(m.weight.shape) == (K, N) for _, m in own[:-1]):
-            found.add(f"{path}.{leaf}" if path else leaf)
+        shapes = {leaf: tuple(m.weight.shape) for leaf, m in own.items()}
+        back = [
+            leaf
+            for leaf, (N, K) in shapes.items()
+            if hidden == N and any(shapes[other] in ((K, N), (2 * K, N)) for other in shapes if other != leaf)
+        ]
+        certain = [leaf for leaf in back if shapes[leaf][0] != shapes[leaf][1]]
+        found |= {f"{path}.{leaf}" if path else leaf for leaf in certain or back[-1:]}
     return found
 
 
