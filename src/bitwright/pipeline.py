@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, sharing, trace
-from bitwright.calibrate.memory import device_of, fits_one_pass, parse_bytes
+from bitwright.calibrate.memory import fits_one_pass, parse_bytes
 from bitwright.calibrate.simulate import SimulatedLinear
 from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
+from bitwright.devices import choose_device
 from bitwright.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from bitwright.evidence import Clock, check_kept, make_record, request_of, run_record, stored_dtype, write_folder
 from bitwright.models.load import SourceModel, open_model
@@ -82,7 +83,7 @@ def quantize(
     """
     clock, report = Clock(), progress or (lambda *_: None)
     chosen = _recipe(scheme, algorithm, recipe, options)
-    where = device_of(device)
+    where = choose_device(device)
     if max_memory is not None:
         parse_bytes(max_memory)  # misspelt is to be known now, not at the first block
     with clock.phase("open"):

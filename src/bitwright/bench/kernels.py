@@ -25,6 +25,7 @@ from bitwright.bench import timing
 from bitwright.bench.peers import PEERS, Linear, chosen, contenders, expected, random_weight
 from bitwright.bench.records import ABSENT, FAILED, OK, WRONG, Record, failure, stamp
 from bitwright.bench.shapes import KERNEL_SHAPES
+from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 from bitwright.kernels.problem import Problem
 from bitwright.scheme import Scheme
@@ -73,18 +74,6 @@ class Options:
         if self.rotated_bytes is not None:
             return self.rotated_bytes
         return timing.ROTATED_BYTES if device.type == "cuda" else 1
-
-
-def choose_device(name: str) -> torch.device:
-    """auto is a CUDA device if there is one; BitwrightError if the one named cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise BitwrightError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}; try cpu or auto") from e
-    return device
 
 
 def run(options: Options, progress: Progress | None = None) -> list[Record]:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitwright.bench.fitting import block_bytes
-from bitwright.bench.kernels import DTYPES, Progress, choose_device
+from bitwright.bench.kernels import DTYPES, Progress
 from bitwright.bench.records import FAILED, OK, WRONG, Record, failure, stamp
 from bitwright.bench.shapes import ModelShape, models
+from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 from bitwright.kernels import fragments
 from bitwright.scheme import Scheme

@@ -15,10 +15,11 @@ import torch
 from bitwright.bench import timing
 from bitwright.bench.correctness import prompts
 from bitwright.bench.decode import Prepared, variants
-from bitwright.bench.kernels import DTYPES, Progress, choose_device
+from bitwright.bench.kernels import DTYPES, Progress
 from bitwright.bench.model import make_state
 from bitwright.bench.records import FAILED, OK, Record, failure, stamp
 from bitwright.bench.shapes import ModelShape
+from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ import torch
 
 from bitwright.bench.decode import Prepared, Variant, time_steps, variants
 from bitwright.bench.fitting import fewest_gpus, largest_batch, model_bytes, rank_shape, total_bytes
-from bitwright.bench.kernels import DTYPES, Progress, choose_device
+from bitwright.bench.kernels import DTYPES, Progress
 from bitwright.bench.model import make_state
 from bitwright.bench.records import ABSENT, FAILED, OK, Record, failure, stamp
 from bitwright.bench.shapes import ModelShape
+from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 
 if TYPE_CHECKING:

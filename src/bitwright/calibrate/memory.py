@@ -17,18 +17,6 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SHARE = 0.5
 
 
-def device_of(name: str) -> torch.device:
-    """ "auto" (CUDA when there is one), or any torch device; CalibrationError if it cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise CalibrationError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}; try cpu or auto") from e
-    return device
-
-
 def parse_bytes(text: str) -> int:
     """Bytes of "1.4GB", "800 MB" or a plain number."""
     m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())

@@ -38,7 +38,8 @@ def generate(
     started = time.perf_counter()
     with output.one_line_errors(debug):
         import bitwright
-        from bitwright.evaluate.loading import choose_device, choose_dtype, load_tokenizer
+        from bitwright.devices import choose_device
+        from bitwright.evaluate.loading import choose_dtype, load_tokenizer
         from bitwright.models.source import resolve
 
         where, kind = choose_device(device), choose_dtype(dtype)

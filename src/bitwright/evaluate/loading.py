@@ -10,21 +10,6 @@ import torch
 from bitwright.errors import BitwrightError, CheckpointError
 
 
-def choose_device(device: str) -> torch.device:
-    """The device named, or for "auto" a CUDA device if there is one. BitwrightError if torch does not have it."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise BitwrightError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise BitwrightError(
-            f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    return chosen
-
-
 def choose_dtype(dtype: str) -> torch.dtype | None:
     """The floating dtype named; None for "auto"."""
     if dtype == "auto":

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from bitwright.calibrate.data import Text, Windows, evaluation_windows, read_text
+from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError, CalibrationError, CheckpointError
 from bitwright.evaluate import name_of
 from bitwright.evaluate.divergence import WindowScores, window_divergence
-from bitwright.evaluate.loading import choose_device, choose_dtype, load_model, load_tokenizer
+from bitwright.evaluate.loading import choose_dtype, load_model, load_tokenizer
 from bitwright.evaluate.perplexity import LogitSource, window_nll
 from bitwright.evaluate.report import Divergence, Estimate, Perplexity, Report
 

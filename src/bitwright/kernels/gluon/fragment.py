@@ -85,6 +85,19 @@ def _per_word(pair, words, C: gl.constexpr):
     return gl.convert_layout(value.reshape(words.shape), words.type.layout, True)
 
 
+@gluon.jit
+def _four_per_word(pair0, pair1, words, C: gl.constexpr):
+    """What a word of 3-bit codes needs: rows g and g + 8 of the first half of its columns, then of the second."""
+    if C.GROUPS > C.BK // 64:
+        a0, b0 = _halves(pair0)
+        a1, b1 = _halves(pair1)
+        return _per_word(a0, words, C), _per_word(a1, words, C), _per_word(b0, words, C), _per_word(b1, words, C)
+    else:
+        a0 = _per_word(pair0, words, C)
+        a1 = _per_word(pair1, words, C)
+        return a0, a1, a0, a1
+
+
 @gluon.constexpr_function
 def _types(kind, count):
     return ((gl.bfloat16 if kind == "bf16" else gl.float16),) * count
@@ -108,23 +121,9 @@ def operand(words0, words1, scale, zero, C: gl.constexpr, OPERAND: gl.constexpr)
     if BITS == 3:
         v0, v1 = gl.split(words0.reshape([4 * REST, KB * 32, 2]))
         v2 = gl.convert_layout(words1, v0.type.layout, True)
-        if C.GROUPS > KB:
-            a0, b0 = _halves(s0)
-            a1, b1 = _halves(s1)
-            scales = (_per_word(a0, v0, C), _per_word(a1, v0, C), _per_word(b0, v0, C), _per_word(b1, v0, C))
-        else:
-            a0 = _per_word(s0, v0, C)
-            a1 = _per_word(s1, v0, C)
-            scales = (a0, a1, a0, a1)
+        scales = _four_per_word(s0, s1, v0, C)
         if C.ASYM:
-            if C.GROUPS > KB:
-                a0, b0 = _halves(z0)
-                a1, b1 = _halves(z1)
-                zeros = (_per_word(a0, v0, C), _per_word(a1, v0, C), _per_word(b0, v0, C), _per_word(b1, v0, C))
-            else:
-                a0 = _per_word(z0, v0, C)
-                a1 = _per_word(z1, v0, C)
-                zeros = (a0, a1, a0, a1)
+            zeros = _four_per_word(z0, z1, v0, C)
             words = [v0, v1, v2, scales[0], scales[1], scales[2], scales[3], zeros[0], zeros[1], zeros[2], zeros[3]]
             o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
         else:
