@@ -280,12 +280,13 @@ else:
     for run in range(5):
         out, codes, early = root / f"random-{run}", [], False
         wait = whole * generator.uniform(0.1, 0.8)
-        while not codes or codes[-1] == -signal.SIGKILL:
+        # killed past the last rename, a run has ended too
+        while not codes or (codes[-1] == -signal.SIGKILL and not out.exists()):
             pid = child(out, lambda: None)
             time.sleep(wait)
             os.kill(pid, signal.SIGKILL)
             codes.append(status(pid))
-            if codes == [0]:  # ended before the kill: once more, killed sooner, on a machine of whatever speed
+            if len(codes) == 1 and out.exists():  # ended before the kill: once more, killed sooner
                 shutil.rmtree(out)
                 codes, wait = [], wait / 2
                 continue
@@ -309,6 +310,7 @@ def drive(kind: str, source: Path, text: str, tmp_path: Path) -> list[Any]:
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+    print(done.stderr)  # pytest shows it with a failure
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -327,6 +329,6 @@ def test_killed_at_random_moments(source: Path, text: str, tmp_path: Path) -> No
     results = drive("random", source, text, tmp_path)
     expected = contents(tmp_path / "whole")
     for out, codes, early in results:
-        assert codes[0] == -9 and codes[-1] == 0 and not early, (out, codes)
+        assert codes[0] == -9 and codes[-1] in (-9, 0) and not early, (out, codes)
         assert contents(Path(out)) == expected, out
-        assert not Path(f"{out}.partial").exists()
+        assert codes[-1] == -9 or not Path(f"{out}.partial").exists()  # killed past the last rename, it may stay
