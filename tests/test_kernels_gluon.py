@@ -56,13 +56,13 @@ def test_every_step_is_done_once(M: int, N: int, K: int, bits: int, group: int |
     c = choose(M, N, K, bits, group_size, torch.bfloat16, asymmetric, False, PROCESSORS)
     d = divide(M, N, K, c, PROCESSORS)
     tiles, nk = -(-M // c.BM) * -(-N // c.BN), -(-K // c.BK)
-    assert 1 <= d.programs <= PROCESSORS
+    assert 1 <= d.programs <= PROCESSORS * c.PER
     done: dict[int, list[tuple[int, int, int]]] = {}
     for program, mine in enumerate(pieces(tiles, nk, d.programs, d.whole, d.per)):
         for tile, k0, k1 in mine:
             assert k0 < k1
             done.setdefault(tile, []).append((k0, k1, program))
-        # The tile that a later program finishes comes first, and what must be waited for last.
+        # The piece of a tile that a later program ends comes first.
         streamed = [(tile, k0, k1) for tile, k0, k1 in mine if tile >= d.whole]
         assert all(k1 == nk for _, _, k1 in streamed[1:]) and all(k0 == 0 for _, k0, _ in streamed[:-1])
     assert sorted(done) == list(range(tiles))
@@ -71,8 +71,9 @@ def test_every_step_is_done_once(M: int, N: int, K: int, bits: int, group: int |
         assert found[0][0] == 0 and found[-1][1] == nk
         assert all(a[1] == b[0] and a[2] + 1 == b[2] for a, b in pairwise(found))
         if len(found) > 1:
-            assert d.partial_size and not c.OVERLAP
-            assert found[0][2] == (tile - d.whole) * nk // d.per  # where `collect` begins
+            assert d.partial_size
+            assert found[0][2] == (tile - d.whole) * nk // d.per  # where `settle` begins, and where it ends
+            assert found[-1][2] == ((tile - d.whole) * nk + nk - 1) // d.per
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -86,7 +87,7 @@ def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:
             assert group_size % c.BK == 0 or c.BK % group_size == 0 or group_size == 4096
             assert (1 if group_size == 4096 else max(1, c.BK // group_size)) == c.GROUPS
             threads = (4 * c.NWG + 4) * 32
-            assert threads * c.MAXNREG <= 65536
+            assert c.PER * threads * c.MAXNREG <= 65536
     small = choose(1, 16, 40, bits, 40, torch.float16, False, False, PROCESSORS)
     assert small.GROUPS == 1  # one group, narrower than a step
 
@@ -210,7 +211,7 @@ def compiled(c: Config, folder: Path) -> tuple[str, str, int]:
         "out_desc": descriptor(c.KIND, written, 2),
         "out": f"*{c.KIND}",
         "bias": f"*{c.KIND}",
-        "partial": "*i64" if c.FLAGGED else "*fp32",
+        "partial": "*fp32",
         "counters": "*i32",
         "offsets": "*i32",
         **{name: "i32" for name in ("M", "N", "K", "blocks", "groups", "tiles_whole", "per")},
@@ -221,7 +222,7 @@ def compiled(c: Config, folder: Path) -> tuple[str, str, int]:
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in ("out", "bias", "partial", "counters", "N", "K")}
     constants: dict[tuple[int], Any] = {(names.index("C"),): c, (names.index("num_warps"),): 4}
     source = GluonASTSource(fragment_gemm, signature, constants, aligned)
-    options = {"num_warps": 4, "launch_pdl": c.OVERLAP, "maxnreg": c.MAXNREG}
+    options = {"num_warps": 4, "launch_pdl": True, "maxnreg": c.MAXNREG}
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     (folder / "kernel.ptx").write_text(ptx)
@@ -256,7 +257,8 @@ HOT = (
 @pytest.mark.parametrize("c", HOT, ids=lambda c: f"w{c.BITS}-{c.BM}x{c.BN}x{c.BK}{'-experts' * bool(c.EXPERTS)}")
 def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     ptx, said, spilled = compiled(c, tmp_path)
-    assert spilled <= 16  # two numbers kept aside between tiles cost nothing; in the loop it would be hundreds of bytes
+    # A few numbers kept aside between tiles cost nothing; in the loop it would be hundreds of bytes.
+    assert spilled <= 32
     # A warning of this family says that the products of a step no longer run beside the making of the next operand.
     assert "wgmma" not in said, said
     # The weight is the left operand and comes from four registers a thread, never from shared memory.

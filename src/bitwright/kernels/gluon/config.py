@@ -23,8 +23,8 @@ class Config:
     Tile: BM tokens, `BN` outputs, BK columns a step with GROUPS scales, NS stages, GM token tiles a band.
     Warpgroups: NWG, of which KWG take the same rows and share the steps; REST * 64 rows each; REGISTERS of one that is
     not the first, MAXNREG of a thread on average.
-    Ways: FLAGGED adds pieces of tiles through 8-byte words that carry a flag, PEERS of them at a time, for few tokens;
-    TMA_OUT writes results through shared memory; OVERLAP lets the next launch begin early.
+    Ways: PEERS pieces of a tile are read at a time when they are added up; TMA_OUT writes results through shared
+    memory; PER programs run on a processor.
     """
 
     BITS: int
@@ -42,12 +42,11 @@ class Config:
     REGISTERS: int
     MAXNREG: int
     KWG: int = 1
-    FLAGGED: bool = False
-    PEERS: int = 4
+    PEERS: int = 1
+    PER: int = 1
     TMA_OUT: bool = False
     EXPERTS: int = 0
     STACK: int = 0
-    OVERLAP: bool = False
 
     def __repr__(self) -> str:
         # Triton makes part of a symbol name of it: letters, digits and underscores only.
@@ -77,14 +76,14 @@ class Config:
         stage = words + self.BM * self.BK * 2 + self.BN * self.GROUPS * (4 if self.ASYM else 2) + 16
         given = self.NWG // self.KWG * (self.KWG - 1) * 64 * self.REST * self.BM * 4
         written = self.NWG * 64 * self.REST * min(self.BM, PIECE) * 2
-        return (_SHARED_MEMORY - given - written) // stage
+        return (_SHARED_MEMORY // self.PER - given - written) // stage
 
 
 @dataclass(frozen=True)
 class Division:
     """How `programs` programs share the tiles: the first `whole` one by one, the rest in runs of `per` steps.
 
-    flags, partial_size: int32 and float32 numbers (8-byte words with FLAGGED) of workspace.
+    flags, partial_size: int32 and float32 numbers of workspace.
     """
 
     programs: int
@@ -96,30 +95,32 @@ class Division:
 
 @lru_cache(maxsize=4096)
 def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
-    """Equal shares of the work for every processor, one program each.
+    """Equal shares of the work for every program.
 
     Full rounds of tiles go out whole. What remains after them, together with the last full round, is cut into equal
-    runs of steps, which costs a partial result written and read for each cut. Never more programs than processors: a
-    program that waits for another one's partial result must not keep it from running.
+    runs of steps, which costs a partial result written and read for each cut.
     """
     tiles = -(-M // config.BM) * -(-N // config.BN)
     nk = -(-K // config.BK)
-    rounds, rest = divmod(tiles, processors)
-    if rest == 0 or rest > _FULL * processors:
-        return Division(min(processors, tiles), tiles, 1, 0, 0)
-    whole = max(rounds - 1, 0) * processors
+    programs = processors * config.PER
+    rounds, rest = divmod(tiles, programs)
+    if rest == 0 or rest > _FULL * programs:
+        return Division(min(programs, tiles), tiles, 1, 0, 0)
+    whole = max(rounds - 1, 0) * programs
     units = (tiles - whole) * nk
-    programs = min(processors, units)
-    return Division(programs, whole, -(-units // programs), *_workspace(config, programs))
+    programs = min(programs, units)
+    return Division(programs, whole, -(-units // programs), *_workspace(config, programs, tiles - whole))
 
 
-def divide_experts(config: Config, processors: int) -> Division:
-    """The division of a grouped product: its runs are found on the device, where the number of tiles is known."""
-    return Division(processors, 0, 1, *_workspace(config, processors))
+def divide_experts(T: int, N: int, config: Config, processors: int) -> Division:
+    """The division of a grouped product of T rows: its runs are found on the device, which knows the tiles."""
+    programs = processors * config.PER
+    most = min(T, T // config.BM + config.STACK) * -(-N // config.BN)
+    return Division(programs, 0, 1, *_workspace(config, programs, most))
 
 
-def _workspace(config: Config, programs: int) -> tuple[int, int]:
-    return programs * config.NWG // config.KWG, programs * config.BN * config.BM
+def _workspace(config: Config, programs: int, streamed: int) -> tuple[int, int]:
+    return streamed * config.NWG // config.KWG, 2 * programs * config.BN * config.BM
 
 
 @lru_cache(maxsize=4096)
@@ -142,9 +143,7 @@ def choose(
             tiles = _NARROW
         else:
             tiles = _WIDE if M > 1024 or -(-M // 256) * 2 == -(-M // 128) else _TALL
-    config = _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
-    # Programs that wait for each other must have the processors for themselves (`sums.collect`).
-    return replace(config, OVERLAP=divide(M, N, K, config, processors).partial_size == 0)
+    return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
 
 
 @lru_cache(maxsize=4096)
@@ -158,24 +157,16 @@ def choose_experts(
     return replace(config, EXPERTS=max(32, 1 << (E - 1).bit_length()), STACK=E)
 
 
-# NWG warpgroups, KWG of them on the same rows, REST * 64 rows each; BM None = the least that holds the tokens.
-_SMALL = {
-    "NWG": 2,
-    "KWG": 2,
-    "REST": 1,
-    "BM": None,
-    "BK": 128,
-    "NS": 8,
-    "REGISTERS": 96,
-    "MAXNREG": 80,
-    "FLAGGED": True,
-}
-_STREAM = {**_SMALL, "NWG": 4, "NS": 12, "REGISTERS": 104, "MAXNREG": 96}
-_NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168}
+# NWG warpgroups, KWG of them on the same rows, REST * 64 rows each, PER programs a processor; BM None = the least that
+# holds the tokens. A small weight takes half of each processor, so that the next launch begins beside it.
+_SMALL = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 80, "PER": 1}
+_STREAM = {**_SMALL, "PER": 2}
+_SOME = {"NWG": 1, "KWG": 1, "REST": 1, "BM": None, "BK": 128, "NS": 5, "REGISTERS": 160, "MAXNREG": 128, "PER": 2}
+_NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168, "PER": 1}
 _WIDE = {**_NARROW, "BM": 256, "BK": 64, "NS": 5, "REGISTERS": 232}
 _TALL = {**_NARROW, "REST": 2, "REGISTERS": 232}
-_SMALL_WEIGHT = 24 << 20  # weights up to which half of a processor per launch, and so two launches at a time, is best
-_FULL = 0.93  # share of the processors that a round of whole tiles must keep busy
+_SMALL_WEIGHT = 24 << 20  # numbers in a weight
+_FULL = 0.93  # share of the programs that a round of whole tiles must keep busy
 PIECE = 32  # tokens that go to memory through shared memory at a time
 
 
@@ -184,7 +175,7 @@ def _decode(weights: int) -> dict[str, Any]:
 
 
 def _middle(M: int) -> dict[str, Any]:
-    return {**_NARROW, "BM": None, "NS": 5} if M <= 64 else _NARROW
+    return _SOME if M <= 64 else _NARROW
 
 
 def _finish(
@@ -221,7 +212,8 @@ def _finish(
         GM=16,
         REGISTERS=tiles["REGISTERS"],
         MAXNREG=tiles["MAXNREG"],
-        FLAGGED=tiles.get("FLAGGED", False),
+        PER=tiles["PER"],
+        PEERS=4 if BM <= 16 else 2 if BM <= 32 else 1,
         TMA_OUT=BM >= 128 and N % 8 == 0,
     )
     return replace(config, NS=min(NS, config.stages_that_fit))

@@ -38,7 +38,7 @@ def experts(x: Tensor, offsets: Tensor, fragments: Fragments) -> Tensor:
     f, processors = fragments, _processors(x.device.index)
     assert f.experts is not None, "a stack of experts"
     config = choose_experts(x.shape[0], f.experts, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None)
-    return launch(x, f, None, config, divide_experts(config, processors), offsets)
+    return launch(x, f, None, config, divide_experts(x.shape[0], f.N, config, processors), offsets)
 
 
 def launch(
@@ -51,13 +51,10 @@ def launch(
     elif x.data_ptr() % 16:
         x = x.clone()
     out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
-    flags = zeros(2 * division.partial_size if config.FLAGGED else division.flags, x.device)
-    if config.FLAGGED:
-        partial = flags.view(torch.int64)
-    elif division.partial_size:
+    flags = zeros(division.flags, x.device)
+    partial = flags.view(torch.float32)
+    if division.partial_size:
         partial = torch.empty(division.partial_size, dtype=torch.float32, device=x.device)
-    else:
-        partial = flags.view(torch.float32)
     rows, columns = config.BN // 16, config.BK // 64
     N16, K64 = f.words[0].shape[-3], f.words[0].shape[-2]
     words = [
@@ -94,7 +91,7 @@ def launch(
         config,
         num_warps=4,
         maxnreg=config.MAXNREG,
-        launch_pdl=config.OVERLAP,
+        launch_pdl=True,
     )
     return out
 

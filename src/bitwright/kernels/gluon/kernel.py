@@ -4,7 +4,7 @@ One producer warp brings stages of words, scales and activations by TMA; NWG war
 operand of wgmma (`fragment.operand`) and multiply, tokens on the N side, so few tokens waste nothing. How the work is
 divided is told in `tiles`, how pieces of a tile are added up in `sums`; results do not depend on timing.
 
-With programmatic dependent launch (`Config.OVERLAP`) the words of the first stages, which no earlier kernel writes, are
+With programmatic dependent launch the words of the first stages, which no earlier kernel writes, are
 on their way while the kernel before still runs.
 """
 
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bitwright.kernels.gluon.fragment import load_rows, operand, word_layout
-from bitwright.kernels.gluon.sums import collect, contribute, gather
+from bitwright.kernels.gluon.sums import gather, settle
 from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
 
 
@@ -139,8 +139,7 @@ def _produce(load, C: gl.constexpr):
             ahead += 1
     if C.EXPERTS == 0:
         gdc_wait()
-    if C.OVERLAP:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     it = 0
     for i in range(whole + pieces):
         tile, k0, k1 = segment(i, whole, tiles_whole, first_unit, last_unit, nk)
@@ -218,13 +217,11 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
             acc = gather(acc, gathered, given, taken, i, STEP, PART, C)
         if STEP == 0:
             n0 = (pn * (C.NWG // KWG) + PART) * ROWS
-            if k1 == nk:
-                if k0 > 0:
-                    begin = (tile - tiles_whole) * nk // per
-                    acc = collect(acc, partial, counters, begin, PART, C)
+            done = k1 - k0 == nk
+            if not done:
+                done, acc = settle(acc, partial, counters, tile - tiles_whole, k1 == nk, nk, per, PART, C)
+            if done:
                 _write(acc, out, out_desc, stages.index(PART), bias, m0, n0, rm, rn, end, N, C)
-            else:
-                contribute(acc, partial, counters, gl.program_id(0) * (C.NWG // KWG) + PART, C)
     if C.TMA_OUT:
         tma.store_wait(0)
 

@@ -37,59 +37,46 @@ def _places(parts):
 
 
 @gluon.jit
-def contribute(acc, partial, counters, slot, C: gl.constexpr):
-    """Leave a piece of a tile for the program that finishes the tile."""
-    parts = _by_thread(acc)
-    at = slot * (64 * C.REST * C.BM) + _places(parts)
-    if C.FLAGGED:
-        # Value and flag in one 8-byte word: no fence, no second trip.
-        word = parts.to(gl.uint32, bitcast=True).to(gl.int64) | (1 << 32)
-        gl.store(partial + at, word)
-    else:
-        gl.store(partial + at, parts)
-        gl.thread_barrier()
-        gl.atomic_xchg(counters + slot, 1, sem="release")
+def settle(acc, partial, counters, stream_tile, ends, nk, per, PART: gl.constexpr, C: gl.constexpr):
+    """Leave this program's piece of a tile; whoever comes last adds all of them up, in the order of the programs.
 
-
-@gluon.jit
-def collect(acc, partial, counters, begin, PART: gl.constexpr, C: gl.constexpr):
-    """Add the pieces of programs begin ... before this one, in this order, and clear their slots for the next launch.
-
-    It waits for them. That ends: programs start in the order of their numbers, a piece is only ever awaited from a
-    lower one, and no later launch takes a processor before this one has ended (`Config.OVERLAP` is off).
+    ends: whether the piece ends with the tile. Gives (whether this program came last, the sums if so). Nobody waits
+    for anybody, so that programs may run in any order and beside other launches.
     """
     PARTS: gl.constexpr = C.NWG // C.KWG
     PEERS: gl.constexpr = C.PEERS
+    SIZE: gl.constexpr = 64 * C.REST * C.BM
     parts = _by_thread(acc)
-    size: gl.constexpr = 64 * C.REST * C.BM
-    end = gl.program_id(0)
-    if C.FLAGGED:
-        # As many slots at a time as fit into registers: what takes long is the way to them, not their size.
-        ROWS: gl.constexpr = parts.shape[0]
-        many = parts.reshape([1, ROWS, 512]).broadcast_to([PEERS, ROWS, 512])
-        L: gl.constexpr = many.type.layout
-        peer = gl.arange(0, PEERS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
-        row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-        column = gl.arange(0, 512, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-        at = partial + PART * size + row * 512 + column
-        for p in range(begin, end, PEERS):
-            there = p + peer < end
-            slots = at + (p + peer) * (PARTS * size)
-            word = gl.load(slots, mask=there, other=1 << 32, volatile=True)
-            while gl.min((word >> 32).to(gl.int32).reshape([parts.numel * PEERS]), 0) == 0:
-                word = gl.load(slots, mask=there, other=1 << 32, volatile=True)
-            gl.store(slots, gl.zeros_like(word), mask=there)
-            values = gl.sum(word.to(gl.uint32).to(gl.float32, bitcast=True), 0)
-            parts += gl.convert_layout(values, parts.type.layout, True)
-    else:
-        places = _places(parts)
-        for p in range(begin, end):
-            flag = counters + p * PARTS + PART
-            while gl.atomic_add(flag, 0, sem="acquire") == 0:
-                pass
-            gl.store(flag, 0)
-            parts += gl.load(partial + (p * PARTS + PART) * size + places, cache_modifier=".cg")
-    return _by_tile(parts, C.REST, acc)
+    # A program leaves at most two pieces: one that ends with its tile, and one that does not.
+    slot = (2 * gl.program_id(0) + gl.where(ends, 0, 1)) * PARTS + PART
+    gl.store(partial + slot * SIZE + _places(parts), parts)
+    gl.thread_barrier()
+    begin = stream_tile * nk // per
+    end = (stream_tile * nk + nk - 1) // per
+    counter = counters + stream_tile * PARTS + PART
+    last = gl.atomic_add(counter, 1, sem="acq_rel") == end - begin
+    if last:
+        gl.store(counter, 0)
+        parts = gl.zeros_like(parts)
+        if PEERS == 1:
+            for p in range(begin, end + 1):
+                at = (2 * p + gl.where(p == end, 0, 1)) * PARTS + PART
+                parts += gl.load(partial + at * SIZE + _places(parts), cache_modifier=".cg")
+        else:
+            # As many slots at a time as fit into registers: what takes long is the way to them, not their size.
+            ROWS: gl.constexpr = parts.shape[0]
+            many = parts.reshape([1, ROWS, 512]).broadcast_to([PEERS, ROWS, 512])
+            L: gl.constexpr = many.type.layout
+            peer = gl.arange(0, PEERS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+            row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+            column = gl.arange(0, 512, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+            for first in range(begin, end + 1, PEERS):
+                p = first + peer
+                at = (2 * p + gl.where(p == end, 0, 1)) * PARTS + PART
+                slots = partial + at * SIZE + row * 512 + column
+                values = gl.load(slots, mask=p <= end, other=0.0, cache_modifier=".cg")
+                parts += gl.convert_layout(gl.sum(values, 0), parts.type.layout, True)
+    return last, _by_tile(parts, C.REST, acc)
 
 
 @gluon.jit
