@@ -16,7 +16,7 @@ cd "$repo" || exit 1
 out="${OUT:-benchmarks}"
 records="$out/gpu.jsonl"
 python="${PYTHON:-python3}"
-parts=" ${PARTS:-tests kernels bits experts memory decode opt throughput prefill} "
+parts=" ${PARTS:-tests sanitizer kernels bits experts memory decode opt throughput prefill} "
 mkdir -p "$out" || exit 1
 spare="$(mktemp -d)" || exit 1
 trap 'rm -rf "$spare"' EXIT
@@ -37,18 +37,19 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
-tests_limit=170
+tests_limit=150
+sanitizer_limit=50
 # Name, seconds, and arguments of `bitwright bench`.
 benchmarks=(
     "kernels 75 kernels --tokens 1,16,64,256,2048 --scheme w4a16-g128 --peer dense --peer tinygemm"
-    "bits 90 kernels --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,2048
+    "bits 75 kernels --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,2048
         --scheme w2a16-g128 --scheme w3a16-g128 --scheme w8a16-g128 --peer dense"
     "experts 20 kernels --shape 28672x4096 --shape 4096x14336 --experts 8 --top-k 2 --tokens 1,16,64,512"
     "memory 15 memory --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b
         --scheme 16-bit --scheme w4a16-g128 --scheme w3a16-g128 --scheme w2a16-g128"
     "decode 55 decode --model llama-2-7b --model llama-2-70b --model mixtral-8x7b --batch 1,16"
     "opt 60 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
-    "throughput 75 throughput --model llama-2-70b --largest 256"
+    "throughput 60 throughput --model llama-2-70b --largest 256"
     "prefill 30 prefill --model llama-2-7b --prompt 1x512 --prompt 1x2048"
     "peers 500 kernels --shape 4096x4096 --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,256,2048"
 )
@@ -69,9 +70,15 @@ outcome() {
     (($2 == 0)) || failed+=("$1 ($2)")
 }
 
+# tiny SECONDS PREFIX...: tests/gpu/tiny.py, every tensor in an allocation of its own.
+tiny() {
+    PYTHONPATH="$PYTHONPATH:$repo/tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$1" "${@:2}" "$python" -m gpu.tiny
+}
+
 # Every benchmark that is wanted, in small, until $1 seconds are over. Whatever fails here fails again when it counts.
 warm() {
     local line words end=$((SECONDS + $1))
+    wanted sanitizer && tiny "$1" &>"$spare/tiny.log"
     for line in "${benchmarks[@]}"; do
         read -rd '' -a words <<<"$line"
         wanted "${words[0]}" && [[ "${words[2]}" != memory ]] && ((SECONDS < end)) || continue
@@ -102,6 +109,20 @@ if wanted tests; then
     tested=$((SECONDS - began))
     wait "$warming"
     echo "== tests: $tested s, kernels compiled after $((SECONDS - began)) s"
+fi
+
+# Reads and writes beyond the end of a tensor, by NVIDIA's checker, which comes with CUDA's toolkit and not with PyTorch.
+if wanted sanitizer; then
+    checker="${SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)}"
+    if [[ -n "$checker" ]]; then
+        echo "== sanitizer (at most $sanitizer_limit s)"
+        began=$SECONDS code=0
+        tiny "$sanitizer_limit" "$checker" --error-exitcode 9 >"$out/sanitizer.log" 2>&1 || code=$?
+        outcome sanitizer "$code" "$sanitizer_limit" "$out/sanitizer.log"
+        echo "== sanitizer: exit code $code after $((SECONDS - began)) s"
+    else
+        echo "== sanitizer: compute-sanitizer is not installed here; left out"
+    fi
 fi
 
 for line in "${benchmarks[@]}"; do

@@ -174,7 +174,7 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     assert commands[-1][3] == "prefill"
     tested = {c[-1] for c in commands if c[1] == "pytest"}
     assert tested == {f"tests/gpu/{path.name}" for path in (SCRIPT.parent.parent / "tests" / "gpu").glob("test_*.py")}
-    written = [c[c.index("--records") + 1] for c in commands if c[1] != "pytest"]
+    written = [c[c.index("--records") + 1] for c in commands if "--records" in c]
     assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 8
 
 
@@ -189,7 +189,7 @@ def test_gpu_check_leaves_one_log(tmp_path: Path) -> None:
 
 def test_gpu_check_compiles_beside_the_tests_what_it_times_later(tmp_path: Path) -> None:
     _, commands = gpu_check(tmp_path)
-    timed, warmed = ([c for c in commands if c[1] != "pytest" and ("--repeats" in c) == w] for w in (False, True))
+    timed, warmed = ([c for c in commands if "bench" in c and ("--repeats" in c) == w] for w in (False, True))
     small = [c[: c.index("--repeats")] for c in warmed]
     small = [c[: c.index("--layers")] if "--layers" in c else c for c in small]
     assert small == [c[: c.index("--records")] for c in timed if c[3] != "memory"]
@@ -203,9 +203,16 @@ def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_gpu_check_takes_at_most_ten_minutes(tmp_path: Path) -> None:
-    done, _ = gpu_check(tmp_path)
+    done, _ = gpu_check(tmp_path, SANITIZER=str(tmp_path / "python"))
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 9 and sum(limits) <= 590
+    assert len(limits) == 10 and sum(limits) <= 590
+
+
+def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
+    done, commands = gpu_check(tmp_path, PARTS="sanitizer", SANITIZER=str(tmp_path / "python"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (command,) = commands
+    assert command[:2] == ["--error-exitcode", "9"] and command[-2:] == ["-m", "gpu.tiny"]
 
 
 def test_gpu_check_asks_for_options_that_there_are(tmp_path: Path) -> None:
