@@ -16,9 +16,21 @@ from bitwright.kernels.dequantize import DequantizedWeight
 from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Problem
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
 CPU = torch.device("cpu")
-SCHEMES = ["w4a16-g64", "w3a16-g32-asym", "w2a16", "w8a16", "w8a8"]
+SCHEMES = [
+    "w4a16-g64",
+    "w3a16-g32-asym",
+    "w2a16",
+    "w8a16",
+    "w8a8",
+    "w4a4-o16",
+    "w4a4-o32-rot-24",
+    "w8a8-o16",
+    "w4a16-o16",
+    "w16a16-24",
+]
 
 
 def options(**changes: Any) -> kernels.Options:
@@ -75,7 +87,9 @@ def test_ours_and_the_baseline_are_right_and_timed(scheme: str) -> None:
     for M in (1, 5):
         chosen = [r for r in timed if r["chosen"] and r["tokens"] == M]
         assert len(chosen) == 1 and chosen[0]["kind"] == "ours"
-    assert all(0 <= r["relative_error"] < 1e-2 and r["seconds"] > 0 for r in timed)
+    # The baseline keeps the activations that the scheme rounds to 4 bits.
+    limits = {"ours": 1e-2, "dense": 0.2 if Scheme.parse(scheme).activation_bits == 4 else 2e-2}
+    assert all(0 <= r["relative_error"] < limits[r["kind"]] and r["seconds"] > 0 for r in timed)
     assert all(r["reason"] for r in found if r["status"] != "ok")
 
 
@@ -168,6 +182,18 @@ def test_random_weights_use_the_whole_grid_and_come_again() -> None:
     assert torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale)
     assert not torch.equal(one.codes, other.codes)
     assert bool((one.scale > 0).any()) and bool((one.scale < 0).any())
+    y = torch.randn(8, 256) @ one.dequantize().t()
+    assert 0.1 < float(y.std()) < 10
+
+
+@pytest.mark.parametrize("scheme", ["w4a4-o16-rot-24", "w8a8-o32"])
+def test_random_split_weights_are_of_their_scheme(scheme: str) -> None:
+    parsed = Scheme.parse(scheme)
+    one, two = (peers.random_weight(64, 256, parsed, torch.bfloat16, CPU, seed) for seed in (3, 4))
+    assert isinstance(one, SplitTensor) and one.scheme == parsed
+    assert torch.equal(one.split.order, two.split.order) and not torch.equal(one.base.codes, two.base.codes)
+    zeros = (one.base.codes.view(64, -1, 4) == 0).sum(-1)
+    assert bool((zeros >= 2).all()) == parsed.sparse
     y = torch.randn(8, 256) @ one.dequantize().t()
     assert 0.1 < float(y.std()) < 10
 

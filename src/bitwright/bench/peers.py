@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from bitwright.bench.split import expected_split, random_split
 from bitwright.errors import BitwrightError
 from bitwright.kernels import dispatch, ops
 from bitwright.kernels.cuda import FragmentWeight, gemm_above
@@ -29,7 +30,9 @@ from bitwright.kernels.problem import Problem
 from bitwright.kernels.reference import quantize_activations
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
+from bitwright.split import SplitTensor
 
+Weight = QuantizedTensor | SplitTensor
 Linear = Callable[[Tensor], Tensor]
 
 DENSE, DEQUANTIZED = "dense", "dequantize+dense"
@@ -39,6 +42,7 @@ PEERS = (DENSE, TINYGEMM, HUMMING, GEMLITE)
 # Relative Frobenius error allowed against float64. In 16 bits, weights and outputs are rounded once each; a path that
 # does more than that is a bug.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_ROUNDED_TO_4 = 0.3  # what 4-bit codes of Gaussian activations may be off by: a step is about half a standard deviation
 _REQUANTIZED = 5e-2  # of a peer that finds the grid of the dequantized weight again by itself
 # tinygemm holds an activation tile of at most 16 tokens and reads the weight again for every one: not made for prefill.
 _TINYGEMM_TOKENS = 64
@@ -56,16 +60,16 @@ class Contender:
     kind: Literal["ours", "dense", "peer"]
     note: str
     absent: str | None
-    prepare: Callable[[QuantizedTensor], Linear]
+    prepare: Callable[[Any], Linear]
     limit: float
     max_tokens: int | None = None
 
     def bytes_per_call(self, N: int, K: int, scheme: Scheme, dtype: torch.dtype) -> float:
         """Bytes of weight that must be read once: 16-bit ones for the baseline, else what the scheme stores."""
-        bits = 8 * dtype.itemsize if self.kind == "dense" else scheme.weight.bits_per_weight(K)
+        bits = 8 * dtype.itemsize if self.kind == "dense" else scheme.bits_per_weight(N, K)
         return N * K * bits / 8
 
-    def copies(self, qt: QuantizedTensor, count: int) -> list[Linear]:
+    def copies(self, qt: Weight, count: int) -> list[Linear]:
         """`count` of it over different memory, the first prepared from `qt`."""
         first = self.prepare(qt)
         others: list[Linear] = []
@@ -78,7 +82,7 @@ class Contender:
 
 
 def contenders(
-    qt: QuantizedTensor, scheme: Scheme, dtype: torch.dtype, device: torch.device, peers: tuple[str, ...] = PEERS
+    qt: Weight, scheme: Scheme, dtype: torch.dtype, device: torch.device, peers: tuple[str, ...] = PEERS
 ) -> list[Contender]:
     """Ours in order of preference, then `peers` (names from `PEERS`)."""
     unknown = set(peers) - set(PEERS)
@@ -104,10 +108,11 @@ def chosen(problem: Problem, M: int) -> str:
     return choice.name
 
 
-def random_weight(
-    N: int, K: int, scheme: Scheme, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> QuantizedTensor:
-    """A weight on the scheme's grid with codes over its whole range, scales of both signs, and outputs near 1."""
+def random_weight(N: int, K: int, scheme: Scheme, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weight:
+    """A weight on the scheme's grid with codes over its whole range and outputs near 1, scales of both signs where no
+    input is split."""
+    if not scheme.plain:
+        return random_split(N, K, scheme, dtype, device, seed)
     w = scheme.weight
     generator = torch.Generator(device).manual_seed(seed)
     grid = (N, w.num_groups(K))
@@ -121,8 +126,10 @@ def random_weight(
     return QuantizedTensor(codes, (size * sign).to(stored), zero, w)
 
 
-def expected(x: Tensor, qt: QuantizedTensor, scheme: Scheme) -> Tensor:
+def expected(x: Tensor, qt: Weight, scheme: Scheme) -> Tensor:
     """float64 [m, N] of a few tokens x [m, K]; the weight goes through in pieces, so that it fits beside the rest."""
+    if isinstance(qt, SplitTensor):
+        return expected_split(x, qt)
     N, K = qt.shape
     step = max(1, (1 << 26) // K)
     codes = scale = None
@@ -162,7 +169,7 @@ def _ours(problem: Problem) -> list[Contender]:
 
 
 def _table_entry(choice: dispatch.Choice, absent: str | None, problem: Problem) -> Contender:
-    def prepare(qt: QuantizedTensor) -> Linear:
+    def prepare(qt: Weight) -> Linear:
         return choice.implementation.prepare(qt, problem)
 
     return Contender(choice.name, "ours", choice.reason, absent, prepare, LIMITS[problem.dtype])
@@ -194,11 +201,11 @@ def _dense(problem: Problem) -> Contender:
         def __call__(self, x: Tensor) -> Tensor:
             return torch.mm(x, self.weight.t())
 
-    def prepare(qt: QuantizedTensor) -> Linear:
+    def prepare(qt: Weight) -> Linear:
         return Dense(qt.dequantize(problem.dtype))
 
-    # With 8-bit activations the baseline does not round them, and the reference does.
-    limit = LIMITS[problem.dtype] if problem.scheme.activation_bits == 16 else _REQUANTIZED
+    # The baseline does not round activations to 8 or 4 bits, and the reference does.
+    limit = {16: LIMITS[problem.dtype], 8: _REQUANTIZED, 4: _ROUNDED_TO_4}[problem.scheme.activation_bits]
     dtype = str(problem.dtype).removeprefix("torch.")
     return Contender(DENSE, "dense", f"torch.mm on {dtype} weights", None, prepare, limit)
 
@@ -223,7 +230,7 @@ def _tinygemm(problem: Problem) -> Contender:
 
     w = problem.scheme.weight
     absent = _needs_cuda(problem)
-    if absent is None and (problem.scheme.activation_bits != 16 or w.bits != 4):
+    if absent is None and (not problem.scheme.plain or problem.scheme.activation_bits != 16 or w.bits != 4):
         absent = "takes 4-bit weights and 16-bit activations"
     if absent is None and problem.dtype != torch.bfloat16:
         absent = "takes bfloat16 activations"
@@ -291,6 +298,6 @@ def _needs_package(module: str, package: str) -> str | None:
 
 
 def _needs_16_bits(problem: Problem) -> str | None:
-    if problem.scheme.activation_bits != 16:
-        return "measured with 16-bit activations only"
+    if problem.scheme.activation_bits != 16 or not problem.scheme.plain:
+        return "measured with 16-bit activations only, and no columns apart"
     return None if problem.dtype in (torch.float16, torch.bfloat16) else "takes float16 or bfloat16 activations"
