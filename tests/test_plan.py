@@ -13,11 +13,10 @@ from pipeline_oracle import WIDE
 
 from bitwright.algorithms.finequant import FineQuantOptions
 from bitwright.algorithms.gptq import GPTQOptions
-from bitwright.algorithms.quik import QUIKOptions
 from bitwright.errors import FormatError, RecipeError, SchemeError
 from bitwright.formats.portability import FUSED
 from bitwright.models.load import SourceModel, open_model
-from bitwright.plan import Plan, RTNOptions, after_activation, ignored, make_plan
+from bitwright.plan import Plan, RTNOptions, ignored, make_plan
 from bitwright.recipe import Recipe, Rule
 from bitwright.scheme import Scheme
 
@@ -237,24 +236,6 @@ def test_granularity_reports_its_progress(source: Callable[..., SourceModel]) ->
     # per block: q/k/v, o, the experts
     assert [done for done, _, _ in seen] == list(range(6)) and {total for _, total, _ in seen} == {6}
     assert [d.rpartition(".")[2] for _, _, d in seen][:3] == ["q_proj/k_proj/v_proj", "o_proj", "experts"]
-
-
-@pytest.mark.parametrize(
-    ("scheme", "option", "expected"),
-    [
-        ("w4a4-o16", "w8a8", "w8a8-o16"),
-        ("w4a4-o16-rot-24", "w8a8", "w8a8-o16-rot-24"),
-        ("w8a8-o16", "w8a8", "w8a8-o16"),
-        ("w4a4-o16", "w8a8-o32", "w8a8-o32"),
-        ("w4a4-rot", "w8a16", "w8a16"),
-        ("w4a16-o16", "w8a8", "w4a16-o16"),
-        ("w4a16-o16", "w8a8-o32", "w4a16-o16"),
-    ],
-)
-def test_the_scheme_behind_the_activation_function(scheme: str, option: str, expected: str) -> None:
-    """It takes the others' extras where it has none of its own, and leaves weight-only schemes alone."""
-    options = QUIKOptions(after_activation=option)
-    assert str(after_activation(Scheme.parse(scheme), options)) == expected
 
 
 def test_a_block_without_a_linear_behind_an_activation_is_noted(source: Callable[..., SourceModel]) -> None:

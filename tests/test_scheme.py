@@ -146,3 +146,20 @@ def test_schemes_are_values() -> None:
     assert len({Scheme.parse("w4a16-g64"), Scheme.parse("w4a16-g64"), Scheme.parse("w4a16")}) == 2
     with pytest.raises(AttributeError):
         Scheme.parse("w8a8").activation_bits = 16  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "option", "expected"),
+    [
+        ("w4a4-o16", "w8a8", "w8a8-o16"),
+        ("w4a4-o16-rot-24", "w8a8", "w8a8-o16-rot-24"),
+        ("w8a8-o16", "w8a8", "w8a8-o16"),
+        ("w4a4-o16", "w8a8-o32", "w8a8-o32"),
+        ("w4a4-rot", "w8a16", "w8a16"),
+        ("w4a16-o16", "w8a8", "w4a16-o16"),
+        ("w4a16-o16", "w8a8-o32", "w4a16-o16"),
+    ],
+)
+def test_the_scheme_behind_the_activation_function(scheme: str, option: str, expected: str) -> None:
+    """It takes the others' extras where it has none of its own, and leaves weight-only schemes alone."""
+    assert str(Scheme.parse(scheme).behind_activation(Scheme.parse(option))) == expected

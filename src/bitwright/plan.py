@@ -183,28 +183,13 @@ def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
     reason = assignment.reason
     if isinstance(options, QUIKOptions):
         if x.after_activation and options.after_activation != SAME:
-            scheme = after_activation(scheme, options)
+            scheme = scheme.behind_activation(Scheme.parse(options.after_activation))
             reason += "; it reads the activation function's output" if scheme != assignment.scheme else ""
         scheme = scheme.resolved(x.K, hidden if options.proportional else None)
     else:
         scheme = scheme.resolved(x.K)
     check_columns(x.K, scheme, x.name)
     return Entry(x, scheme, algorithm, options, reason)
-
-
-def after_activation(scheme: Scheme, options: QUIKOptions) -> Scheme:
-    """The scheme of a linear behind the activation function: the option's, with the outliers, rotation and 2:4 of the
-    others where it asks for w8a8 or the like and says nothing itself. Weight-only schemes stay as they are: what is
-    hard to round there are activations."""
-    asked = Scheme.parse(options.after_activation)
-    if scheme.activation_bits == UNQUANTIZED_BITS:
-        return scheme
-    if not asked.plain:
-        return asked
-    if scheme.weight.bits >= asked.weight.bits and scheme.activation_bits >= asked.activation_bits:
-        return scheme
-    rotated = scheme.rotated and asked.activation_bits < UNQUANTIZED_BITS
-    return replace(asked, outliers=scheme.outliers, rotated=rotated, sparse=scheme.sparse)
 
 
 def _unprotected(structure: Structure, entries: Mapping[str, Entry]) -> tuple[str, ...]:
@@ -216,7 +201,7 @@ def _unprotected(structure: Structure, entries: Mapping[str, Entry]) -> tuple[st
         apart = any(
             isinstance(e.options, QUIKOptions)
             and e.options.after_activation != SAME
-            and after_activation(e.scheme, e.options) != e.scheme
+            and e.scheme.behind_activation(Scheme.parse(e.options.after_activation)) != e.scheme
             for e in asked
         )
         if apart and not any(x.after_activation for x in block.all_linears):

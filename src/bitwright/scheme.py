@@ -31,6 +31,9 @@ UNQUANTIZED_BITS = 16
 MIN_GROUP_SIZE = 8
 # Outlier columns come in multiples of this where the count follows from a share or a width: what GPU tiles take.
 OUTLIER_STEP = 16
+# What a linear that reads the output of the activation function gets where others have 4-bit activations, unless told
+# otherwise: single values there dwarf their token (QUIK keeps such layers at 8 bits).
+BEHIND_ACTIVATION = "w8a8"
 _INDEX_BITS = 32
 
 _PATTERN = re.compile(
@@ -168,6 +171,19 @@ class Scheme:
         if self.outliers is None:
             return self
         return replace(self, outliers=OutlierScheme(count=self.outliers.columns(K, width)))
+
+    def behind_activation(self, asked: Scheme) -> Scheme:
+        """The scheme of a linear behind the activation function, where `asked` is wanted of such: that, with the
+        outliers, rotation and 2:4 of this one where it asks for w8a8 or the like and says nothing itself. Weight-only
+        schemes stay as they are: what is hard to round there are activations."""
+        if self.activation_bits == UNQUANTIZED_BITS:
+            return self
+        if not asked.plain:
+            return asked
+        if self.weight.bits >= asked.weight.bits and self.activation_bits >= asked.activation_bits:
+            return self
+        rotated = self.rotated and asked.activation_bits < UNQUANTIZED_BITS
+        return replace(asked, outliers=self.outliers, rotated=rotated, sparse=self.sparse)
 
     def bits_per_weight(self, N: int, K: int) -> float:
         """Stored bits per weight of an [N, K] matrix: codes, scales, zero points, outlier columns at 16 bits and their

@@ -28,7 +28,7 @@ from bitwright.algorithms.sweep import Project, column_sweep
 from bitwright.errors import SchemeError
 from bitwright.numerics import Grid, Search, choose_grid, encode, quantized
 from bitwright.qtensor import spread
-from bitwright.scheme import OUTLIER_STEP, UNQUANTIZED_BITS, Scheme
+from bitwright.scheme import BEHIND_ACTIVATION, OUTLIER_STEP, UNQUANTIZED_BITS, Scheme
 from bitwright.split import InputSplit, SplitTensor
 
 Measure = Literal["max", "energy"]
@@ -48,7 +48,7 @@ class QUIKOptions(GPTQOptions):
     threshold: float = 0.0
     measure: Measure = "max"
     proportional: bool = True
-    after_activation: str = "w8a8"
+    after_activation: str = BEHIND_ACTIVATION
     clip: bool = True
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import LinearShape, ModelShape
 from bitwright.errors import BitwrightError
 from bitwright.kernels.fragments import COLUMNS, ROWS
@@ -82,7 +83,7 @@ def choose_depths(layers: int, block_bytes: Mapping[str, int], asked: int | None
 
 def block_bytes(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype) -> int:
     """Bytes of the linears of one block at `scheme` (None: `dtype`), as the GPU kernels hold them."""
-    return sum(linear.count * _linear_bytes(linear, scheme, dtype) for linear in shape.linears)
+    return sum(x.count * _linear_bytes(x, linear_scheme(x, shape, scheme), dtype) for x in shape.linears)
 
 
 def model_bytes(shape: ModelShape, scheme: Scheme | None, dtype: torch.dtype) -> int:

@@ -22,6 +22,7 @@ from bitwright.bench import attention
 from bitwright.bench.elementwise import add_norm, rope_cache, rope_tables, silu_mul
 from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear
 from bitwright.bench.routing import combine, route
+from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape
 from bitwright.errors import BitwrightError
 from bitwright.scheme import Scheme
@@ -268,21 +269,32 @@ def make_model(
     """
     check_shape(shape)
     maker = _maker(scheme, tables.embedding.dtype, tables.embedding.device, seed + 1)
-    sizes = {linear.name: (linear.N, linear.K) for linear in shape.linears}
-    up, down = sizes["gate_up" if shape.gated else "up"], sizes["down"]
+    by_name = {x.name: x for x in shape.linears}
+
+    def maker_of(name: str) -> tuple[Maker, int, int]:
+        x = by_name[name]
+        return replace(maker, scheme=linear_scheme(x, shape, scheme)), x.N, x.K
+
+    def linear(name: str) -> Linear:
+        one, N, K = maker_of(name)
+        return one.linear(N, K, shape.bias)
+
+    def experts(name: str) -> Experts:
+        one, N, K = maker_of(name)
+        return one.experts(shape.experts, N, K)
 
     def mlp() -> Mlp | MoE:
+        up = "gate_up" if shape.gated else "up"
         if shape.experts:
             router = maker.normal((shape.experts, shape.hidden), shape.hidden**-0.5)
-            E = shape.experts
-            return MoE(router, maker.experts(E, *up), maker.experts(E, *down), shape.gated, shape.top_k)
-        return Mlp(maker.linear(*up, shape.bias), maker.linear(*down, shape.bias), shape.gated)
+            return MoE(router, experts(up), experts("down"), shape.gated, shape.top_k)
+        return Mlp(linear(up), linear("down"), shape.gated)
 
     blocks = tuple(
         Block(
             _norm(shape, maker),
-            maker.linear(*sizes["qkv"], shape.bias),
-            maker.linear(*sizes["o"], shape.bias),
+            linear("qkv"),
+            linear("o"),
             _norm(shape, maker),
             mlp(),
         )
