@@ -58,6 +58,11 @@ def max_tiles(T: int, E: int, BM: int) -> int:
     return min(T, T // BM + E)
 
 
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that one program may use."""
+    return _SHARED.get(capability, _SHARED_ELSEWHERE) * 1024
+
+
 def _tokens(M: int, N: int, capability: tuple[int, int], processors: int) -> int:
     """BM: the smallest power of two that holds all tokens, up to 256 where there are enough tiles of that size."""
     for BM in (16, 32, 64):
@@ -69,7 +74,7 @@ def _tokens(M: int, N: int, capability: tuple[int, int], processors: int) -> int
 
 def _stages(BN: int, BM: int, BK: int, bits: int, capability: tuple[int, int]) -> int:
     """As many steps in flight as fit, 6 at most; half of the memory for small tiles, so that two programs share it."""
-    room = _SHARED.get(capability, _SHARED_ELSEWHERE) * 1024 - 8 * 1024
+    room = shared_memory(capability) - 8 * 1024
     if BM <= 64:
         room //= 2
     return max(2, min(6 if BM <= 64 else 4, room // (BM * BK * 2 + BN * BK * bits // 8)))
