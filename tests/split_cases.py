@@ -1,10 +1,14 @@
-"""Random split tensors for tests."""
+"""Random split tensors for tests, and an input quantized the plain way."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from bitwright.activations import rotation_block
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitwright.activations import quantize_asymmetric, quantize_symmetric, rotation_block
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import InputSplit, SplitTensor
@@ -43,3 +47,31 @@ def random_split_tensor(
         base = QuantizedTensor(torch.where(mask, codes, 0).to(torch.int8), scale, None, w)
     split = InputSplit(base_idx, outlier_idx, scheme.activation_bits, rotation_block(B) if scheme.rotated else 0, clip)
     return SplitTensor(base, torch.randn(N, O, generator=g).to(dtype), split, scheme)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized input as the int8 operators take it."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    outliers: Tensor
+
+
+class PlainInput:
+    """Quantizes by `activations` alone."""
+
+    def __init__(self, split: InputSplit) -> None:
+        self.split = split
+
+    def codes(self, x: Tensor) -> Codes:
+        base, outliers = self.split.parts(x)
+        if self.split.bits == 8:
+            codes, scale = quantize_symmetric(base)
+            zero = torch.zeros_like(scale, dtype=torch.int32)
+        else:
+            codes, scale, zero = quantize_asymmetric(base, self.split.clip)
+        B, O = base.shape[1], outliers.shape[1]
+        wide = pad(codes, (0, -B % 128))
+        return Codes(wide, scale[:, 0].contiguous(), zero[:, 0].to(torch.int32), pad(outliers, (0, -O % 16)))

@@ -14,7 +14,8 @@ from bitwright.kernels import cuda, dispatch, problem
 from bitwright.kernels.cuda import FragmentWeight, GluonWeight, TritonWeight, gemm_above
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
-from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Problem, cuda_features, triton_version
+from bitwright.kernels.problem import CUSPARSELT, GLUON, HOPPER, TRITON, Problem, cuda_features, triton_version
+from bitwright.kernels.split_cuda import SplitTriton
 from bitwright.nn.linear import QuantLinear
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
@@ -62,7 +63,8 @@ def on_cpu(
         ("w4a16-g64", frozenset(), {}, DequantizedWeight, "multiplies in bfloat16"),
         ("w4a16-g64", ALL, {"dtype": torch.float32}, DequantizedWeight, "multiplies in float32"),
         ("w4a16-g48", ALL, {}, DequantizedWeight, "multiplies in bfloat16"),
-        ("w8a8", ALL, {}, Int8Exact, "float32 products"),
+        ("w8a8", ALL, {}, SplitTriton, "int8 tensor cores"),
+        ("w8a8", ALL, {"dtype": torch.float32}, Int8Exact, "float32 products"),
     ],
 )
 def test_choice(text: str, features: frozenset[str], changes: dict, expected: type, why: str) -> None:
@@ -196,6 +198,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(problem, "version", version)
         monkeypatch.setattr(problem, "find_spec", lambda name: None if triton is None else object())
         monkeypatch.setattr(torch.version, "cuda", cuda_version)
+        monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -222,6 +225,12 @@ def test_features(gpu, capability: tuple[int, int], triton: str | None, expected
     assert cuda_features("cuda") == cuda_features(torch.device("cuda", 0)) == expected
     of = Problem.of(random_weight("w4a16-g64", 16, 64), Scheme.parse("w4a16-g64"), torch.bfloat16, "cuda:0")
     assert (of.features, of.device) == (expected, "cuda")
+
+
+def test_cusparselt_is_a_feature(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0), "3.6.0")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    assert cuda_features() == ALL | {CUSPARSELT}
 
 
 def test_rocm_is_not_cuda(gpu) -> None:

@@ -17,12 +17,15 @@ from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.problem import Implementation, PackedWeight, Problem
 from bitwright.kernels.split import SplitDequantized, SplitInteger, SplitVNNI
+from bitwright.kernels.split_cuda import SplitTriton
+from bitwright.kernels.split_sparse import SplitSparse
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
 
 IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
     Int8Dynamic,
+    SplitTriton,
     Int8Exact,
     Int8Weight,
     Int4Weight,
@@ -31,7 +34,13 @@ IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
     DequantizedWeight,
 )
 # For schemes that are not plain: what QuantizedTensor cannot say is a SplitTensor.
-SPLIT_IMPLEMENTATIONS: tuple[type[Implementation], ...] = (SplitVNNI, SplitInteger, SplitDequantized)
+SPLIT_IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
+    SplitSparse,
+    SplitTriton,
+    SplitVNNI,
+    SplitInteger,
+    SplitDequantized,
+)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from bitwright.errors import SchemeError
 from bitwright.kernels import int8_fragments
 from bitwright.kernels.fragments import COLUMNS, ROWS
 from bitwright.kernels.int8_fragments import BYTES, MAX_COLUMNS, padded
-from bitwright.kernels.ops import _HALF, _define
+from bitwright.kernels.ops import define
 
+_DTYPES = (torch.bfloat16, torch.float16)  # of what goes in and out on CUDA
 OUTLIER_STEP = 16  # outliers are padded to a multiple: what one instruction takes of them
 
 
@@ -176,7 +177,7 @@ def _check_rest(
     dtype: torch.dtype,
 ) -> None:
     """Kernels read bits as they are: a wrong dtype or a shape would give wrong numbers in silence."""
-    if dtype not in _HALF:
+    if dtype not in _DTYPES:
         raise SchemeError(f"the int8 kernels give bfloat16 or float16, not {dtype}; cast the activations")
     Op = outliers.shape[1]
     wanted = [
@@ -200,7 +201,7 @@ def _check_rest(
 _REST = "Tensor weight_scale, Tensor row_sums, Tensor weight_outliers, Tensor? bias"
 
 # -> [M, N]
-int8_linear = _define(
+int8_linear = define(
     "int8_linear",
     f"(Tensor codes, Tensor scale, Tensor zero, Tensor outliers, Tensor weight, {_REST}, int bits, int N, int B, "
     "ScalarType dtype) -> Tensor",
@@ -210,7 +211,7 @@ int8_linear = _define(
 )
 
 # sums int32 [at least N, at least M]: products of codes made by somebody else -> [M, N]
-int8_finish = _define(
+int8_finish = define(
     "int8_finish",
     f"(Tensor sums, Tensor scale, Tensor zero, Tensor outliers, {_REST}, ScalarType dtype) -> Tensor",
     _cpu_finish,

@@ -27,6 +27,7 @@ VNNI = "vnni"  # int8 dot products in hardware
 
 HOPPER = "hopper"  # compute capability 9.0: wgmma and TMA
 TRITON = "triton"  # Triton is installed, and the GPU is one it compiles for
+CUSPARSELT = "cusparselt"  # torch brings cuSPARSELt: products with 2:4 weights
 GLUON = "gluon"  # that Triton's Gluon is one our kernels are written for
 
 GLUON_VERSIONS = ((3, 6),)  # Gluon changes names with every minor release
@@ -167,6 +168,8 @@ def _cuda_features(index: int) -> frozenset[str]:
         found.add(GLUON)
     if capability[0] == 9:
         found.add(HOPPER)
+    if torch.backends.cusparselt.is_available():
+        found.add(CUSPARSELT)
     return frozenset(found)
 
 

@@ -1,0 +1,107 @@
+"""Split weights on a GPU: int8 tensor cores and cuSPARSELt, bit for bit what the CPU gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from split_cases import PlainInput, random_split_tensor
+from torch import Tensor
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from bitwright.kernels import reference
+from bitwright.kernels.problem import CUSPARSELT, Problem, cuda_features
+from bitwright.kernels.split_cuda import Int8Weight, SplitTriton
+from bitwright.kernels.split_sparse import SplitSparse
+from bitwright.split import SplitTensor
+from gpu import cases
+
+pytestmark = pytest.mark.gpu
+
+DENSE = ["w4a4", "w4a8", "w8a8-rot", "w4a4-24", "w4a4-o40", "w8a8-o16"]
+SPARSE = ["w4a4-24", "w8a8-24", "w4a4-o40-24", "w4a8-o16-24"]
+TOKENS = [0, 1, 31, 32, 300]
+N, K = 200, 1000
+
+
+def prepared(kind: type[Int8Weight], text: str, dtype: torch.dtype) -> tuple[Int8Weight, SplitTensor]:
+    if kind is SplitSparse and CUSPARSELT not in cuda_features():
+        pytest.skip("this torch brings no cuSPARSELt")
+    tensor = random_split_tensor(N, K, text, shuffled=True, dtype=dtype)
+    moved = tensor.to("cuda")
+    problem = Problem.of(moved, tensor.scheme, dtype, "cuda")
+    assert kind.refuse(problem) is None
+    return kind(problem, moved, PlainInput(moved.split)), tensor
+
+
+def activations(M: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+KINDS = [(SplitTriton, text) for text in DENSE] + [(SplitSparse, text) for text in SPARSE]
+
+
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "text"), KINDS)
+def test_against_the_reference(kind: type[Int8Weight], text: str, dtype: torch.dtype, M: int, poison: None) -> None:
+    packed, tensor = prepared(kind, text, dtype)
+    x, bias = activations(M, dtype), torch.randn(N).to(dtype)
+    expected = reference.split_linear(x, tensor)
+    y = packed(x.cuda())
+    with_bias = packed.linear(x.cuda(), bias.cuda())
+    assert y.dtype == with_bias.dtype == dtype
+    if tensor.outliers.shape[1]:
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(y.cpu().float(), expected, rtol=eps, atol=1e-3)
+        torch.testing.assert_close(with_bias.cpu().float(), expected + bias.float(), rtol=eps, atol=1e-3)
+    else:
+        cases.assert_equal(y, expected.to(dtype), f"{kind.NAME} {text}")
+        cases.assert_equal(with_bias, (expected + bias.float()).to(dtype), f"{kind.NAME} {text} with a bias")
+
+
+@pytest.mark.parametrize(("kind", "text"), KINDS)
+def test_weights_come_back(kind: type[Int8Weight], text: str) -> None:
+    packed, tensor = prepared(kind, text, torch.bfloat16)
+    expected = tensor.to("cuda").dequantize()
+    assert torch.equal(packed.dequantize(), expected)
+    index = torch.tensor([3, 0, N - 1], device="cuda")
+    assert torch.equal(packed.rows(index), expected[index].bfloat16())
+
+
+@pytest.mark.parametrize(("kind", "text"), KINDS)
+def test_memory_is_what_is_stated(kind: type[Int8Weight], text: str) -> None:
+    packed, tensor = prepared(kind, text, torch.bfloat16)
+    indices = tensor.split.base_idx.nbytes + tensor.split.outlier_idx.nbytes
+    problem = Problem.of(tensor, tensor.scheme, torch.bfloat16, "cuda")
+    assert f"{(packed.nbytes - indices) * 8 / (N * K):.2f} bits per weight" in kind.describe(problem)
+
+
+@pytest.mark.parametrize("M", [1, 64, 300])
+@pytest.mark.parametrize(("kind", "text"), [(SplitTriton, "w4a4-o40"), (SplitSparse, "w4a4-o40-24")])
+def test_graph_and_repeats(kind: type[Int8Weight], text: str, M: int, poison: None) -> None:
+    packed, _ = prepared(kind, text, torch.bfloat16)
+    x = [activations(M, torch.bfloat16, seed).cuda() for seed in range(4)]
+    first = packed(x[0])
+    for _ in range(20):
+        assert torch.equal(packed(x[0]), first)
+    cases.check_graph(packed, x[0], x[1:])
+
+
+def test_a_graph_of_a_size_never_seen() -> None:
+    """A capture searches for no algorithm."""
+    packed, tensor = prepared(SplitSparse, "w8a8-24", torch.bfloat16)
+    x = activations(100, torch.bfloat16).cuda()
+    packed(x)
+    wide = activations(700, torch.bfloat16, 1).cuda()
+    int8_only = PlainInput(tensor.to("cuda").split).codes(wide)  # what has to be compiled is compiled before
+    del int8_only
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = packed(wide)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, packed(wide))
