@@ -35,6 +35,8 @@ def linears() -> dict[str, Callable[[], None]]:
             (replace(kind, M=18, N=33, B=300, O=8, dtype=FP16), SPLIT),
             (replace(kind, M=2, N=17, B=260, O=40, bias=True), EMPTY),
             (replace(kind, M=17, N=70, B=33, O=80), SHORT),
+            (replace(kind, M=3, N=20, B=120, O=130), SPLIT),
+            (replace(kind, M=3, N=20, B=250, O=60, bias=True), replace(SPLIT, split_k=2)),
             (replace(kind, M=1, N=1, B=1, O=16, dtype=FP16, bias=True), SMALL),
         ):
             run = partial(int8.linear, tiles=tiles)

@@ -178,7 +178,7 @@ def compiled(c: Config, bits: int, O: int, capability: int = 90, kind: str = "bf
     types |= {"codes": "*i8", "weight": "*i8", "scale": "*fp32", "weight_scale": "*fp32", "zero": "*i32"}
     types |= {"row_sums": "*i32"} | {n: f"*{kind}" for n in ("outliers", "weight_outliers", "bias", "out")}
     if c.split_k > 1:
-        types |= {"partial": "*i32", "arrived": "*i32"}
+        types |= {"sums": "*i32", "outlier_sums": "*fp32", "arrived": "*i32"}
     values = {"BITS": bits, "BN": c.BN, "BM": c.BM, "BK": c.BK, "OK": outlier_step(O, c.BM)}
     values |= {"SPLIT": c.split_k > 1, "STREAM": c.BM <= 64}
     return build(kernel, types, values, c.warps, c.stages, capability)
@@ -203,7 +203,7 @@ def every_choice() -> list[tuple[Config, int]]:
         for M in (1, 17, 33, 65, 300, 2048, 8192):
             for N in (64, 4096, 8192, 28672):
                 for B in (128, 3840, 28672):
-                    c = choose(M, N, B, bits, HOPPER, PROCESSORS)
+                    c = choose(M, N, B, 256, bits, HOPPER, PROCESSORS)
                     found[bits, c.BN, c.BM, c.stages, c.split_k > 1] = c, bits
     return list(found.values())
 
@@ -213,7 +213,7 @@ def test_hopper(c: Config, bits: int, tmp_path: Path) -> None:
     made = compiled(c, bits, O=256)
     ptx = made.asm["ptx"]
     assert made.metadata.shared <= shared_memory(HOPPER)
-    first, last = ptx.index("wgmma.mma_async"), ptx.rindex(".s32.s8.s8")
+    first, last = ptx.index(".s32.s8.s8"), ptx.rindex(".s32.s8.s8")
     loop = ptx[ptx.rindex("\n$L__BB", 0, first) : last]
     products = re.findall(r"wgmma\.mma_async\S+\.s32\.s8\.s8 *\{[^}]*\}, *(\{[^}]*\}|%\w+),", ptx)
     assert len(products) >= c.BK // 32
@@ -244,7 +244,7 @@ def test_the_end_alone_compiles() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_ampere(bits: int) -> None:
     """The same kernel on mma.sync."""
-    c = choose(300, 4096, 4096, bits, (8, 0), 108)
+    c = choose(300, 4096, 4096, 0, bits, (8, 0), 108)
     made = compiled(c, bits, 0, capability=80)
     assert re.search(r"mma\.sync\S+\.s32\.s8\.s8", made.asm["ptx"])
     assert made.metadata.shared <= shared_memory((8, 0))
@@ -255,13 +255,14 @@ def test_ampere(bits: int) -> None:
 def test_tiles_fit_and_cover(capability: tuple[int, int], bits: int) -> None:
     for M in (1, 16, 17, 64, 65, 128, 129, 2048, 100_000):
         for N, B in ((1, 1), (64, 4096), (4096, 64), (4096, 4096), (57344, 8192), (2048, 49152)):
-            c = choose(M, N, B, bits, capability, PROCESSORS)
+            c = choose(M, N, B, 256, bits, capability, PROCESSORS)
             assert c.BN % (16 * c.warps) == 0 and padded(B) % c.BK == 0
             assert c.stages >= 2 and c.stages * (c.BM * c.BK + c.BN * c.BK * bits // 8) <= shared_memory(capability)
             assert c.stages * outlier_step(256, c.BM) * 2 * (c.BM + c.BN) <= shared_memory(capability)
             assert c.BM >= M or c.BM >= 128
-            assert 1 <= c.split_k <= max(1, padded(B) // c.BK // 2)
+            steps = padded(B) // c.BK + 256 // outlier_step(256, c.BM)
+            assert 1 <= c.split_k <= max(1, steps // 2)
             tiles = -(-N // c.BN) * -(-M // c.BM)
             assert c.split_k == 1 or M <= 64 or tiles < PROCESSORS
-    assert choose(1, 4096, 4096, bits, HOPPER, 132).split_k > 1
-    assert choose(4096, 8192, 8192, bits, HOPPER, 132) == Config(128, 256, 128, 8, 3)
+    assert choose(1, 4096, 4096, 0, bits, HOPPER, 132).split_k > 1
+    assert choose(4096, 8192, 8192, 0, bits, HOPPER, 132) == Config(128, 256, 128, 8, 3)

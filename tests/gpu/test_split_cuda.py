@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from split_cases import PlainInput, random_split_tensor
@@ -76,7 +78,8 @@ def test_memory_is_what_is_stated(kind: type[Int8Weight], text: str) -> None:
     packed, tensor = prepared(kind, text, torch.bfloat16)
     indices = tensor.split.base_idx.nbytes + tensor.split.outlier_idx.nbytes
     problem = Problem.of(tensor, tensor.scheme, torch.bfloat16, "cuda")
-    assert f"{(packed.nbytes - indices) * 8 / (N * K):.2f} bits per weight" in kind.describe(problem)
+    stated = float(re.search(r"about (\S+) bits per weight", kind.describe(problem))[1])
+    assert (packed.nbytes - indices) * 8 / (N * K) == pytest.approx(stated, abs=0.01 if kind is SplitTriton else 0.2)
 
 
 @pytest.mark.parametrize("M", [1, 64, 300])
@@ -92,12 +95,10 @@ def test_graph_and_repeats(kind: type[Int8Weight], text: str, M: int, poison: No
 
 def test_a_graph_of_a_size_never_seen() -> None:
     """A capture searches for no algorithm."""
-    packed, tensor = prepared(SplitSparse, "w8a8-24", torch.bfloat16)
+    packed, _ = prepared(SplitSparse, "w8a8-24", torch.bfloat16)
     x = activations(100, torch.bfloat16).cuda()
     packed(x)
     wide = activations(700, torch.bfloat16, 1).cuda()
-    int8_only = PlainInput(tensor.to("cuda").split).codes(wide)  # what has to be compiled is compiled before
-    del int8_only
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

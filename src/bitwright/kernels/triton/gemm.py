@@ -150,7 +150,7 @@ def arrive(acc, partial, arrived, tile, BN: tl.constexpr, BM: tl.constexpr):
     tl.debug_barrier()  # every thread has written before one of them says so
     last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == split - 1
     if last:
-        acc = tl.zeros([BN, BM], acc.dtype)
+        acc = tl.zeros([BN, BM], tl.float32)
         for i in range(split):
             acc += tl.load(parts + i * (BN * BM) + at, cache_modifier=".cg")
         tl.store(arrived + tile, 0)

@@ -4,8 +4,9 @@ A program multiplies BN rows of the weight with the codes of BM tokens on int8 t
 from memory through registers into the left operand (`kernels.int8_fragments`), two logic operations for eight codes;
 they arrive as 16 · code. 8-bit codes lie in rows and go through shared memory. The sum becomes float32 in the registers
 that hold it, in the order of roundings that `reference.split_linear` states, and is the accumulator of a second
-product, that of the outliers in 16 bits. With few tokens several programs share the columns of a tile; parts are
-integers, so their sum has the same bits in any order.
+product, that of the outliers in 16 bits. With few tokens several programs share the columns of a tile, base columns
+first and then outliers, which are as much to read: each leaves its parts in memory, integers and floats apart, and the
+one that arrives last adds them up, floats in their order, so the result does not depend on who was last.
 
 `enable_fp_fusion=False` at the launch: a multiplication and an addition that became one would skip a rounding.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bitwright.kernels.triton.config import Config
 from bitwright.kernels.triton.fragment import INTERPRET
-from bitwright.kernels.triton.gemm import arrive, machine, on_device, order, store
+from bitwright.kernels.triton.gemm import machine, on_device, order, store
 from bitwright.kernels.triton.int8_config import choose, outlier_step
 from bitwright.kernels.workspace import zeros
 
@@ -49,17 +50,19 @@ def linear(
     out = torch.empty(M, N, dtype=dtype, device=device)
     if M == 0 or N == 0:
         return out
-    c = tiles or choose(M, N, B, bits, *machine(device))
-    grid = triton.cdiv(N, c.BN) * triton.cdiv(M, c.BM)
-    partial = arrived = None
-    if c.split_k > 1:
-        partial = torch.empty(grid * c.split_k * c.BN * c.BM, dtype=torch.int32, device=device)
-        arrived = zeros(grid, device)
     O = outliers.shape[1]
+    c = tiles or choose(M, N, B, O, bits, *machine(device))
+    grid = triton.cdiv(N, c.BN) * triton.cdiv(M, c.BM)
+    sums = outlier_sums = arrived = None
+    if c.split_k > 1:
+        count = grid * c.split_k * c.BN * c.BM
+        sums = torch.empty(count, dtype=torch.int32, device=device)
+        outlier_sums = torch.empty(count, dtype=torch.float32, device=device) if O else None
+        arrived = zeros(grid, device)
     with on_device(device):
         int8_kernel[(grid, c.split_k)](
-            codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, out, partial, arrived,
-            M, N, codes.shape[1], O,
+            codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, out,
+            sums, outlier_sums, arrived, M, N, codes.shape[1], O,
             BITS=bits, BN=c.BN, BM=c.BM, BK=c.BK, OK=outlier_step(O, c.BM), SPLIT=c.split_k > 1, STREAM=c.BM >= M,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False,
         )  # fmt: skip
@@ -145,58 +148,87 @@ def products(
 
 
 @triton.jit
-def finished(
-    acc, scale, zero, outliers, weight_scale, row_sums, weight_outliers, rows, n, O,
-    BM: tl.constexpr, OK: tl.constexpr,
-):  # fmt: skip
-    """float32 [BN, BM] of exact sums acc: scales, zero points and outliers of tokens `rows` and outputs `n`."""
+def scaled(acc, scale, zero, weight_scale, row_sums, rows, n):
+    """float32 [BN, BM] of exact sums acc: zero points and scales of tokens `rows` and outputs `n`."""
     acc -= tl.load(row_sums + n)[:, None] * tl.load(zero + rows)[None, :]
-    y = acc.to(tl.float32) * tl.load(scale + rows)[None, :] * tl.load(weight_scale + n)[:, None]
-    if OK > 0:
-        o = tl.arange(0, OK)
-        w_at = weight_outliers + n.to(tl.int64)[:, None] * O + o[None, :]
-        x_at = outliers + rows[None, :] * O + o[:, None]
-        for first in range(0, O, OK):
-            w = tl.load(w_at, mask=(first + o < O)[None, :], other=0.0)
-            x = tl.load(x_at, mask=(first + o < O)[:, None], other=0.0)
-            if INTERPRET:
-                y += tl.dot(w.to(tl.float32), x.to(tl.float32), input_precision="ieee")
-            else:
-                y = tl.dot(w, x, y)
-            w_at += OK
-            x_at += OK
+    return acc.to(tl.float32) * tl.load(scale + rows)[None, :] * tl.load(weight_scale + n)[:, None]
+
+
+@triton.jit
+def add_outliers(y, outliers, weight_outliers, rows, n, O, first, last, OK: tl.constexpr):
+    """y [BN, BM] plus the product of outliers over steps first to last of OK columns."""
+    o = first * OK + tl.arange(0, OK)
+    w_at = weight_outliers + n.to(tl.int64)[:, None] * O + o[None, :]
+    x_at = outliers + rows[None, :] * O + o[:, None]
+    for step in range(first, last):
+        inside = step * OK + tl.arange(0, OK) < O
+        w = tl.load(w_at, mask=inside[None, :], other=0.0)
+        x = tl.load(x_at, mask=inside[:, None], other=0.0)
+        if INTERPRET:
+            y += tl.dot(w.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+        else:
+            y = tl.dot(w, x, y)
+        w_at += OK
+        x_at += OK
     return y
 
 
 @triton.jit(do_not_specialize=["M"])
 def int8_kernel(
-    codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, out, partial, arrived,
-    M, N, Bp, O,
+    codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, out,
+    sums, outlier_sums, arrived, M, N, Bp, O,
     BITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, OK: tl.constexpr,
     SPLIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of [N, M], parts of the base columns."""
-    m, tile_n = order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), 16)
+    """Grid: tiles of [N, M], parts of the columns. OK: outliers a step, 0 where there are none."""
+    tile = tl.program_id(0)
+    m, tile_n = order(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), 16)
     block_row = tile_n * (BN // 16)
     row = m * BM + tl.arange(0, BM)
     rows = tl.minimum(row, M - 1).to(tl.int64)
     n = tl.minimum(tile_n * BN + tl.arange(0, BN), N - 1)
-    steps = Bp // BK
+    base = Bp // BK  # steps over base columns, before those over outliers
+    steps = base
+    if OK > 0:
+        steps += tl.cdiv(O, OK)
     if SPLIT:
-        share = tl.cdiv(steps, tl.num_programs(1))
+        split = tl.num_programs(1)
+        share = tl.cdiv(steps, split)
         first = tl.minimum(tl.program_id(1) * share, steps)
         last = tl.minimum(first + share, steps)
+        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        parts = tile.to(tl.int64) * split * (BN * BM)
+        mine = parts + tl.program_id(1) * (BN * BM)
+        if OK > 0:  # noqa: SIM102, a constant: what is under it is not compiled where there are no outliers
+            if last > base:
+                begin = tl.maximum(first, base) - base
+                y = tl.zeros([BN, BM], tl.float32)
+                y = add_outliers(y, outliers, weight_outliers, rows, n, O, begin, last - base, OK)
+                tl.store(outlier_sums + mine + at, y)
+        if first < base:
+            end = tl.minimum(last, base)
+            acc = products(codes, rows, weight, block_row, N, Bp, first, end, BITS, BN, BM, BK, STREAM)
+            tl.store(sums + mine + at, acc)
+        tl.debug_barrier()  # every thread has written before one of them says so
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == split - 1:
+            acc = tl.zeros([BN, BM], tl.int32)
+            for i in range(0, tl.cdiv(base, share)):
+                acc += tl.load(sums + parts + i * (BN * BM) + at, cache_modifier=".cg")
+            if BITS == 4:
+                acc = acc >> 4  # a sum of 16 · code: nothing is lost
+            y = scaled(acc, scale, zero, weight_scale, row_sums, rows, n)
+            if OK > 0:
+                for i in range(base // share, tl.cdiv(steps, share)):
+                    y += tl.load(outlier_sums + parts + i * (BN * BM) + at, cache_modifier=".cg")
+            tl.store(arrived + tile, 0)
+            store(y, out, rows, row < M, bias, block_row, N, BN)
     else:
-        first = 0
-        last = steps
-    acc = products(codes, rows, weight, block_row, N, Bp, first, last, BITS, BN, BM, BK, STREAM)
-    complete = True
-    if SPLIT:
-        complete, acc = arrive(acc, partial, arrived, tl.program_id(0), BN, BM)
-    if complete:
+        acc = products(codes, rows, weight, block_row, N, Bp, 0, base, BITS, BN, BM, BK, STREAM)
         if BITS == 4:
-            acc = acc >> 4  # a sum of 16 · code: nothing is lost
-        y = finished(acc, scale, zero, outliers, weight_scale, row_sums, weight_outliers, rows, n, O, BM, OK)
+            acc = acc >> 4
+        y = scaled(acc, scale, zero, weight_scale, row_sums, rows, n)
+        if OK > 0:
+            y = add_outliers(y, outliers, weight_outliers, rows, n, O, 0, steps - base, OK)
         store(y, out, rows, row < M, bias, block_row, N, BN)
 
 
@@ -211,5 +243,7 @@ def finish_kernel(
     rows = tl.minimum(row, M - 1).to(tl.int64)
     n = tl.minimum(tile_n * BN + tl.arange(0, BN), N - 1)
     acc = tl.load(sums + n.to(tl.int64)[:, None] * stride + rows[None, :])
-    y = finished(acc, scale, zero, outliers, weight_scale, row_sums, weight_outliers, rows, n, O, BM, OK)
+    y = scaled(acc, scale, zero, weight_scale, row_sums, rows, n)
+    if OK > 0:
+        y = add_outliers(y, outliers, weight_outliers, rows, n, O, 0, tl.cdiv(O, OK), OK)
     store(y, out, rows, row < M, bias, tile_n * (BN // 16), N, BN)

@@ -1,9 +1,9 @@
 """Tile sizes of the int8 product, a pure function of the problem like those of `config`.
 
-A tile is BN outputs × BM tokens and walks over the base columns in steps of BK, which divides their padded number. Few
-tokens: reading the weight is what takes time, and `split_k` cuts the columns among programs until every multiprocessor
-has work. Many tokens: a tile of 256 tokens keeps the tensor cores busiest, one of 128 wastes less where few tiles fill
-the last round of programs.
+A tile is BN outputs × BM tokens and walks over the base columns in steps of BK, which divides their padded number, and
+over the outliers in steps of `outlier_step`. Few tokens: reading the weight is what takes time, and `split_k` cuts the
+steps of both kinds among programs until every multiprocessor has work. Many tokens: a tile of 256 tokens keeps the
+tensor cores busiest, one of 128 wastes less where few tiles fill the last round of programs.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ _MOST_PARTS = 4  # of a tile of 128 tokens, whose part is as much traffic as 16 
 
 
 @lru_cache(maxsize=4096)
-def choose(M: int, N: int, B: int, bits: int, capability: tuple[int, int], processors: int) -> Config:
-    """Tiles for codes [M, B] times a weight [N, B] of 4 or 8 bits, on a GPU with so many multiprocessors."""
+def choose(M: int, N: int, B: int, O: int, bits: int, capability: tuple[int, int], processors: int) -> Config:
+    """Tiles for M tokens of B codes and O outliers times a weight [N, B + O], its codes of 4 or 8 bits, on a GPU with
+    so many multiprocessors."""
     BM = _tokens(M, N, capability, processors)
     BN = 64 if N <= 64 else 128
     tiles = -(-N // BN) * -(-M // BM)
-    split = _split(tiles, BM, padded(B) // BK, processors)
+    OK = outlier_step(O, BM)
+    split = _split(tiles, BM, padded(B) // BK + (-(-O // OK) if OK else 0), processors)
     return Config(BN, BM, BK, 4 if BN == 64 else 8, _stages(BN, BM, bits, capability), split)
 
 
 def outlier_step(O: int, BM: int) -> int:
     """Outlier columns that one step of the second product takes, 0 if there are none.
 
-    A step holds 16-bit values of both operands in shared memory: no more of it than a step of the first product.
+    At 16 bits, 32 of them are as much to read as 128 base columns at 4 bits: few tokens make steps of one size.
     """
     return 0 if O == 0 else 16 if O <= 16 else 32 if O <= 32 or BM <= 64 else 64
 
@@ -62,7 +64,7 @@ def _stages(BN: int, BM: int, bits: int, capability: tuple[int, int]) -> int:
 
 
 def _split(tiles: int, BM: int, steps: int, processors: int) -> int:
-    """How many programs share the columns of a tile: the number with which the busiest multiprocessor is done first."""
+    """How many programs share the steps of a tile: the number with which the busiest multiprocessor is done first."""
     limit = MAX_SPLIT if BM <= 64 else _MOST_PARTS if BM < _WIDE and tiles < processors else 1
 
     def cost(split: int) -> int:
