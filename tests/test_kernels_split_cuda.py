@@ -16,7 +16,7 @@ from bitwright.kernels.int8_fragments import MAX_COLUMNS
 from bitwright.kernels.problem import CUSPARSELT, TRITON, Problem
 from bitwright.kernels.split import SplitDequantized, SplitInteger
 from bitwright.kernels.split_cuda import SplitTriton
-from bitwright.kernels.split_sparse import SplitSparse
+from bitwright.kernels.split_sparse import Compressed, SparseValues, SplitSparse
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
@@ -56,7 +56,10 @@ def activations(M: int, K: int, dtype: torch.dtype) -> Tensor:
         ("w4a8", {"K": MAX_COLUMNS + 1}, SplitInteger, "float32 products"),
         ("w4a8-o16", {"K": MAX_COLUMNS + 16}, SplitTriton, "int8 tensor cores"),
         ("w4a16-o16", {}, SplitDequantized, "unpacks"),
-        ("w16a16-24", {}, SplitDequantized, "unpacks"),
+        ("w16a16-24", {}, SparseValues, "9.00 bits per weight"),
+        ("w16a16-24", {"features": frozenset({TRITON})}, SplitDequantized, "unpacks"),
+        ("w16a16-24", {"dtype": torch.float32}, SplitDequantized, "unpacks"),
+        ("w4a16-24", {}, SplitDequantized, "unpacks"),
     ],
 )
 def test_choice(text: str, changes: dict[str, Any], expected: type, why: str) -> None:
@@ -163,23 +166,35 @@ def test_preparing_changes_nothing_it_was_given() -> None:
 
 
 class FakeSparse:
-    """cuSPARSELt's functions over dense tensors: the integers, the shapes that it takes, and how often it searched."""
+    """cuSPARSELt's functions over dense tensors: the numbers, the shapes that it takes, and how often it searched."""
 
     def __init__(self) -> None:
         self.searches, self.algorithms = 0, []
 
     def compress(self, dense: Tensor) -> Tensor:
-        assert dense.dtype == torch.int8 and dense.is_contiguous()
-        assert dense.shape[0] % 32 == 0 and dense.shape[1] % 32 == 0
+        assert dense.is_contiguous() and dense.shape[0] % 32 == 0 and dense.shape[1] % 32 == 0
         assert ((dense.view(-1, 4) != 0).sum(1) <= 2).all(), "not 2:4"
         return dense
 
-    def mm(self, compressed: Tensor, dense: Tensor, *, out_dtype: torch.dtype, alg_id: int = 0) -> Tensor:
-        assert dense.shape[1] % 16 == 0 and dense.stride(0) == 1 and out_dtype == torch.int32
+    def mm(
+        self,
+        compressed: Tensor,
+        right: Tensor,
+        *,
+        out_dtype: torch.dtype | None = None,
+        transpose_result: bool = False,
+        alg_id: int = 0,
+    ) -> Tensor:
+        assert right.shape[1] % 16 == 0 and right.stride(0) == 1 and right.dtype == compressed.dtype
+        assert (out_dtype == torch.int32) == (right.dtype == torch.int8) == (not transpose_result)
         self.algorithms.append(alg_id)
-        return (compressed.double() @ dense.double()).to(out_dtype)
+        y = (compressed.double() @ right.double()).to(out_dtype or right.dtype)
+        return y.t().contiguous() if transpose_result else y
 
-    def search(self, compressed: Tensor, dense: Tensor, *, out_dtype: torch.dtype) -> int:
+    def search(
+        self, compressed: Tensor, right: Tensor, *, out_dtype: torch.dtype | None, transpose_result: bool
+    ) -> int:
+        assert transpose_result == (right.dtype != torch.int8)
         self.searches += 1
         return self.searches
 
@@ -222,3 +237,25 @@ def test_sparse_searches_once_a_size_and_never_in_a_capture(
     packed(activations(65, 216, BF16))
     packed(activations(64, 216, BF16))
     assert sparse.searches == 2 and sparse.algorithms[-2:] == [0, 2]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("M", [0, 1, 33])
+def test_sparse_values(sparse: FakeSparse, M: int, shuffled: bool) -> None:
+    tensor = random_split_tensor(40, 216, "w16a16-24", shuffled=shuffled)
+    packed = SparseValues(problem("w16a16-24", 40, 216), tensor)
+    x, bias = activations(M, 216, BF16), torch.randn(40).to(BF16)
+    wide = x.double() @ tensor.dequantize(torch.float64).t()
+    assert torch.equal(packed(x), wide.to(BF16))
+    assert torch.equal(packed.linear(x, bias), wide.to(BF16) + bias)
+    assert torch.equal(packed.dequantize(), tensor.dequantize())
+    index = torch.tensor([39, 2])
+    assert torch.equal(packed.rows(index), tensor.dequantize(BF16)[index])
+
+
+@pytest.mark.parametrize("K", [32, 100, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.int8, BF16], ids=str)
+def test_what_was_compressed_comes_back(sparse: FakeSparse, dtype: torch.dtype, K: int) -> None:
+    kept = torch.arange(K) % 4 < 2
+    dense = (torch.randint(-128, 128, (5, K)) * kept).to(dtype)
+    assert torch.equal(Compressed(dense).dense(), dense)

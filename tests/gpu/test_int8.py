@@ -39,12 +39,16 @@ RANDOM = [
     for dtype in cases.DTYPES
 ]
 TILES = [
-    Config(BN, BM, 128, warps, 3, split)
+    Config(BN, BM, 128, warps, 3, 1 if BM == 128 else 3)
     for BN, warps in ((64, 4), (128, 8), (256, 8))
     for BM in (16, 64, 128)
-    for split in (1, 3)
 ]
-TILES += [Config(128, 256, 128, 8, 3), Config(128, 256, 64, 8, 4), Config(128, 32, 64, 8, 5, 4)]
+TILES += [
+    Config(128, 256, 128, 8, 3),
+    Config(128, 256, 64, 8, 4),
+    Config(128, 32, 64, 8, 5, 4),
+    Config(128, 128, 128, 8, 3, 3),
+]
 FINISHES = [Case(M=3, N=40), Case(M=300, N=1000, O=40, bias=True), Case(8, 8, M=70, N=70, O=16, dtype=torch.float16)]
 SHARED_K = Case(4, 4, N=512, B=4096, O=32, bias=True, exact=False)  # few tiles: several programs share each
 

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from bitwright.kernels import reference
 from bitwright.kernels.problem import CUSPARSELT, Problem, cuda_features
 from bitwright.kernels.split_cuda import Int8Weight, SplitTriton
-from bitwright.kernels.split_sparse import SplitSparse
+from bitwright.kernels.split_sparse import SparseValues, SplitSparse
 from bitwright.split import SplitTensor
 from gpu import cases
 
@@ -106,3 +106,20 @@ def test_a_graph_of_a_size_never_seen() -> None:
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, packed(wide))
+
+
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_sparse_values(dtype: torch.dtype, M: int) -> None:
+    if CUSPARSELT not in cuda_features():
+        pytest.skip("this torch brings no cuSPARSELt")
+    tensor = random_split_tensor(N, K, "w16a16-24", shuffled=True, dtype=dtype).to("cuda")
+    problem = Problem.of(tensor, tensor.scheme, dtype, "cuda")
+    assert SparseValues.refuse(problem) is None
+    packed = SparseValues(problem, tensor)
+    assert torch.equal(packed.dequantize(), tensor.dequantize())
+    x = activations(M, dtype).cuda()
+    y = packed(x)
+    assert y.dtype == dtype and tuple(y.shape) == (M, N)
+    expected = x.double() @ tensor.dequantize(torch.float64).t()
+    torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)

@@ -13,7 +13,8 @@ from importlib import import_module
 import torch
 
 from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
-from gpu import cases
+from bitwright.kernels.triton import int8
+from gpu import cases, int8_cases
 from gpu.cases import BITS, Case
 
 # Ragged in M, N and K; several programs to a tile; tiles of many tokens.
@@ -27,6 +28,11 @@ CASES = [
     )
 ]
 COUNTS = (3, 0, 18, 1)
+INT8_CASES = [
+    int8_cases.Case(4, 4, M=1, N=72, B=424, O=40, bias=True),
+    int8_cases.Case(8, 8, M=17, N=40, B=1032, O=16),
+    int8_cases.Case(4, 8, M=130, N=24, B=200, O=80),
+]
 
 
 def main() -> None:
@@ -48,8 +54,13 @@ def main() -> None:
             ran += 1
         cases.check_exact(linear, replace(CASES[0], dtype=torch.float16))
         ran += 1
+    for problem in INT8_CASES:
+        int8_cases.check(int8.linear, problem)
+        ran += 1
+    int8_cases.check_finish(int8.finish, INT8_CASES[0])
+    ran += 1
     torch.cuda.synchronize()
-    print(f"{ran} problems by {', '.join(kernels)}: exact")
+    print(f"{ran} problems by {', '.join(kernels)} and int8: exact")
 
 
 if __name__ == "__main__":

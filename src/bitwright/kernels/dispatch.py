@@ -18,7 +18,7 @@ from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.problem import Implementation, PackedWeight, Problem
 from bitwright.kernels.split import SplitDequantized, SplitInteger, SplitVNNI
 from bitwright.kernels.split_cuda import SplitTriton
-from bitwright.kernels.split_sparse import SplitSparse
+from bitwright.kernels.split_sparse import SparseValues, SplitSparse
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
@@ -37,6 +37,7 @@ IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
 SPLIT_IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
     SplitSparse,
     SplitTriton,
+    SparseValues,
     SplitVNNI,
     SplitInteger,
     SplitDequantized,

@@ -1,12 +1,14 @@
-"""2:4 weights that meet quantized activations on an NVIDIA GPU: integer products by cuSPARSELt, which skips the zeros.
+"""2:4 weights on an NVIDIA GPU: products by cuSPARSELt, which skips the zeros.
 
-cuSPARSELt multiplies int8 and writes int32 sums; scales, zero points, outliers and the bias come from a kernel of ours
-after it. It knows no 4-bit codes, so those are bytes here too: half of them are zeros and not held, and two bits say
-which half, 5 bits per weight. For 4-bit weights and few tokens that is more to read than the dense kernel's 4, for many
-tokens the products are what counts.
+Quantized activations: cuSPARSELt multiplies int8 and writes int32 sums; scales, zero points, outliers and the bias come
+from a kernel of ours after it. It knows no 4-bit codes, so those are bytes here too: half of them are zeros and not
+held, and two bits a kept one say which it is, 5 bits per weight. For 4-bit weights and few tokens that is more to read
+than the dense kernel's 4; for many tokens the products are what counts. 16-bit values take 9 bits per weight.
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,23 +16,77 @@ from torch.nn.functional import pad
 
 from bitwright.kernels.int8_fragments import padded
 from bitwright.kernels.int8_ops import int8_finish
-from bitwright.kernels.problem import CUSPARSELT, Problem
+from bitwright.kernels.problem import CUSPARSELT, Implementation, Problem
 from bitwright.kernels.split_cuda import Int8Weight, Quantized, Quantizer, outlier_columns
 from bitwright.qtensor import QuantizedTensor
+from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import SplitTensor
 
-_STEP = 32  # cuSPARSELt takes rows of an int8 weight, and tokens, in multiples of this (16 would do for tokens)
+_STEP = 32  # rows and columns of a weight, and tokens, come in multiples of this; 16 or 8 would do for some of them
 _MOST_SUMS = 1 << 28  # int32 sums held at a time: 1 GiB
 _LARGEST_BUCKET = 1 << 14  # tokens; beyond, one algorithm serves all
+_DTYPES = (torch.bfloat16, torch.float16)
+_MISSING = "needs cuSPARSELt, which this torch does not bring"
+
+
+class Compressed:
+    """A 2:4 matrix [N, K] as cuSPARSELt holds it, int8 or 16-bit, padded with zeros; and its products.
+
+    cuSPARSELt's algorithms differ in speed (sums of 16-bit values also in the order of additions). The best one is
+    looked for at the first call of a size, powers of two apart, by trying them; not while a graph is captured or a
+    program traced, which take the default where nothing was found before.
+    """
+
+    def __init__(self, dense: Tensor) -> None:
+        self.shape, self.dtype = tuple(dense.shape), dense.dtype
+        N, K = dense.shape
+        self.tensor = torch._cslt_compress(pad(dense, (0, -K % _STEP, 0, -N % _STEP)).contiguous())
+        self._algorithms: dict[int, int] = {}
+
+    def sums(self, tokens: Tensor) -> Tensor:
+        """int32 [at least N, at least M], W tokensᵀ of int8 tokens [M, K or more, zeros beyond]."""
+        right = self._padded(tokens)
+        algorithm = self._algorithm(right, False)
+        return torch._cslt_sparse_mm(self.tensor, right, out_dtype=torch.int32, alg_id=algorithm)
+
+    def linear(self, tokens: Tensor) -> Tensor:
+        """[M, N] = tokens Wᵀ of 16-bit tokens [M, K], in their dtype."""
+        right = self._padded(tokens)
+        algorithm = self._algorithm(right, True)
+        y = torch._cslt_sparse_mm(self.tensor, right, transpose_result=True, alg_id=algorithm)
+        return y[: tokens.shape[0], : self.shape[0]].contiguous()
+
+    def dense(self) -> Tensor:
+        """The matrix [N, K], read back column by column: the product with one-hot tokens."""
+        N, K = self.shape
+        dense = torch.empty(N, K, dtype=self.dtype, device=self.tensor.device)
+        for k in range(0, K, 128):
+            one_hot = dense.new_zeros(128, K)
+            one_hot[:, k : k + 128].fill_diagonal_(1)
+            columns = self.sums(one_hot)[:N] if self.dtype == torch.int8 else self.linear(one_hot).t()
+            dense[:, k : k + 128] = columns[:, : min(128, K - k)]
+        return dense
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """tokens as a right operand [K padded, M padded], columns contiguous."""
+        M, width = tokens.shape
+        wanted = -(-self.shape[1] // _STEP) * _STEP
+        return pad(tokens, (0, wanted - width, 0, -M % _STEP)).contiguous().t()
+
+    def _algorithm(self, right: Tensor, transposed: bool) -> int:
+        bucket = min(right.shape[1] - 1, _LARGEST_BUCKET).bit_length()
+        found = self._algorithms.get(bucket)
+        if found is None:
+            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+                return 0
+            out_dtype = torch.int32 if self.dtype == torch.int8 else None
+            found = torch._cslt_sparse_mm_search(self.tensor, right, out_dtype=out_dtype, transpose_result=transposed)
+            self._algorithms[bucket] = found
+        return found
 
 
 class SplitSparse(Int8Weight):
-    """Codes of 4 or 8 bits as cuSPARSELt compresses int8 [N padded to 32, B padded to 128].
-
-    Its algorithms differ in speed, never in result: sums are integers. The best one is looked for at the first call of
-    a size, powers of two apart, by trying them; not while a graph is captured or a program traced, which take the
-    default where nothing was found before.
-    """
+    """Codes of 4 or 8 bits as bytes, compressed; integer sums, so every algorithm gives the same bits."""
 
     NAME = "int8-sparse"
     _WHAT = "2:4 int8 products by cuSPARSELt, a Triton kernel for the input and one for the outputs"
@@ -38,9 +94,7 @@ class SplitSparse(Int8Weight):
     def __init__(self, problem: Problem, tensor: SplitTensor, quantizer: Quantizer) -> None:
         super().__init__(problem, tensor, quantizer)
         assert isinstance(tensor.base, QuantizedTensor)
-        more = (0, padded(self._B) - self._B, 0, -problem.N % _STEP)
-        self._compressed = torch._cslt_compress(pad(tensor.base.codes, more).contiguous())
-        self._algorithms: dict[int, int] = {}
+        self._compressed = Compressed(pad(tensor.base.codes, (0, padded(self._B) - self._B)))
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
@@ -48,12 +102,11 @@ class SplitSparse(Int8Weight):
             return "takes 2:4 weights"
         if (refusal := super().refuse(problem)) is not None:
             return refusal
-        return None if CUSPARSELT in problem.features else "needs cuSPARSELt, which this torch does not bring"
+        return None if CUSPARSELT in problem.features else _MISSING
 
     @classmethod
     def _code_bits(cls, problem: Problem) -> float:
-        rows = -(-problem.N // _STEP) * _STEP
-        return 5 * rows * padded(problem.K - outlier_columns(problem))
+        return 5 * -(-problem.N // _STEP) * _STEP * padded(problem.K - outlier_columns(problem))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         q, N = self._quantizer.codes(x), self.shape[0]
@@ -68,37 +121,61 @@ class SplitSparse(Int8Weight):
         """[m, N] of some of the tokens."""
         of_tokens = (q.scale[tokens], q.zero[tokens], q.outliers[tokens])
         of_rows = (self._scale, self._row_sums, self._outliers, bias)
-        y: Tensor = int8_finish(self._sums(q.codes[tokens]), *of_tokens, *of_rows, self.dtype)
+        y: Tensor = int8_finish(self._compressed.sums(q.codes[tokens]), *of_tokens, *of_rows, self.dtype)
         return y
 
-    def _sums(self, codes: Tensor) -> Tensor:
-        """int32 [N padded, M padded] of codes int8 [M, B padded]."""
-        tokens = pad(codes, (0, 0, 0, -codes.shape[0] % _STEP)).t()
-        algorithm = self._algorithm(tokens)
-        return torch._cslt_sparse_mm(self._compressed, tokens, out_dtype=torch.int32, alg_id=algorithm)
-
-    def _algorithm(self, tokens: Tensor) -> int:
-        bucket = min(tokens.shape[1] - 1, _LARGEST_BUCKET).bit_length()
-        found = self._algorithms.get(bucket)
-        if found is None:
-            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-                return 0
-            found = torch._cslt_sparse_mm_search(self._compressed, tokens, out_dtype=torch.int32)
-            self._algorithms[bucket] = found
-        return found
-
     def _codes(self, index: Tensor | None) -> Tensor:
-        """Read back column by column: the product with one-hot tokens."""
-        Bp = padded(self._B)
-        codes = torch.empty(self.shape[0], Bp, dtype=torch.int8, device=self._scale.device)
-        one_hot = torch.zeros(128, Bp, dtype=torch.int8, device=codes.device)
-        for k in range(0, Bp, 128):
-            one_hot.zero_()[:, k : k + 128].fill_diagonal_(1)
-            sums = torch._cslt_sparse_mm(self._compressed, one_hot.t(), out_dtype=torch.int32)
-            codes[:, k : k + 128] = sums[: self.shape[0]]
-        codes = codes[:, : self._B]
+        codes = self._compressed.dense()[:, : self._B]
         return codes if index is None else codes[index]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self._compressed, *self._held
+        return self._compressed.tensor, *self._held
+
+
+class SparseValues(Implementation):
+    """w16a16-24: values in the activations' dtype (rounded to it once where the checkpoint has another), compressed."""
+
+    NAME = "sparse"
+
+    def __init__(self, problem: Problem, tensor: SplitTensor) -> None:
+        assert isinstance(tensor.base, Tensor), "refuse lets 16-bit values through alone"
+        self.shape, self.dtype = (problem.N, problem.K), problem.dtype
+        self._split = tensor.split
+        self._compressed = Compressed(tensor.base.to(problem.dtype))
+
+    @classmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        if not problem.scheme.sparse or problem.scheme.weight.bits != UNQUANTIZED_BITS:
+            return "takes 2:4 weights of 16 bits"
+        if problem.device != "cuda":
+            return "runs on a CUDA device only"
+        if problem.dtype not in _DTYPES:
+            return f"takes bfloat16 or float16 activations, not {problem.dtype}"
+        return None if CUSPARSELT in problem.features else _MISSING
+
+    @classmethod
+    def describe(cls, problem: Problem) -> str:
+        N, K = (-(-size // _STEP) * _STEP for size in (problem.N, problem.K))
+        bits = 9 * N * K / (problem.N * problem.K)
+        return f"2:4 products of 16-bit values by cuSPARSELt; about {bits:.2f} bits per weight in memory"
+
+    @classmethod
+    def prepare(cls, qt: QuantizedTensor | SplitTensor, problem: Problem) -> Self:
+        assert isinstance(qt, SplitTensor), "the table of split weights"
+        return cls(problem, qt)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.shape[0]:
+            return x.new_empty(0, self.shape[0])
+        return self._compressed.linear(x if self._split.ascending else x[:, self._split.base_idx])
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.dequantize(self.dtype)[index]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._split.restore_weight(self._compressed.dense().to(torch.float32)).to(dtype)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._compressed.tensor, self._split.base_idx

@@ -45,7 +45,7 @@ def _tokens(M: int, N: int, capability: tuple[int, int], processors: int) -> int
     for BM in (16, 32, 64):
         if M <= BM:
             return BM
-    if capability[0] < 9:
+    if capability[0] != 9:  # others add up in registers of the multiplying warps alone
         return 128
 
     def rounds(BM: int) -> int:
