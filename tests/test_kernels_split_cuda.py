@@ -156,6 +156,19 @@ def test_a_plain_weight_has_no_outliers() -> None:
     assert torch.equal(on_cpu(tensor, BF16)(x), reference.linear(x, qt, Scheme.parse("w8a8")))
 
 
+def test_prepared_with_the_shared_quantizer() -> None:
+    pytest.importorskip("bitwright.kernels.shared_input")
+    for text in ("w4a4-o16", "w8a8-o16-rot"):
+        tensor = random_split_tensor(40, 96, text, shuffled=True)
+        x = activations(5, 96, BF16)
+        assert torch.equal(SplitTriton.prepare(tensor, problem(text, 40, 96))(x), on_cpu(tensor, BF16)(x))
+    plain = Scheme.parse("w8a8")
+    codes = torch.randint(-128, 128, (40, 96), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    qt = QuantizedTensor(codes, (torch.rand(40, 1) + 0.5).to(BF16), None, plain.weight)
+    x = activations(5, 96, BF16)
+    assert torch.equal(SplitTriton.prepare(qt, problem("w8a8", 40, 96))(x), reference.linear(x, qt, plain))
+
+
 def test_preparing_changes_nothing_it_was_given() -> None:
     tensor = random_split_tensor(40, 96, "w8a8-o16")
     assert isinstance(tensor.base, QuantizedTensor)

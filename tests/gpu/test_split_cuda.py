@@ -17,6 +17,7 @@ from bitwright.kernels import reference
 from bitwright.kernels.problem import CUSPARSELT, Problem, cuda_features
 from bitwright.kernels.split_cuda import Int8Weight, SplitTriton
 from bitwright.kernels.split_sparse import SparseValues, SplitSparse
+from bitwright.nn.linear import QuantLinear
 from bitwright.split import SplitTensor
 from gpu import cases
 
@@ -123,3 +124,18 @@ def test_sparse_values(dtype: torch.dtype, M: int) -> None:
     assert y.dtype == dtype and tuple(y.shape) == (M, N)
     expected = x.double() @ tensor.dequantize(torch.float64).t()
     torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+@pytest.mark.parametrize("text", ["w4a4-o40-rot", "w8a8-24", "w4a8"])
+def test_a_linear_from_the_table(text: str) -> None:
+    """Chosen, prepared and run as a model runs it."""
+    pytest.importorskip("bitwright.kernels.shared_input")
+    tensor = random_split_tensor(N, K, text, shuffled=True)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer = QuantLinear.from_quantized(tensor, tensor.scheme, bias, device="cuda")
+    assert layer.choice.name == ("int8-sparse" if CUSPARSELT in cuda_features() and "24" in text else "int8-triton")
+    x = activations(6, torch.bfloat16)
+    y = layer(x.view(2, 3, K).cuda())
+    assert tuple(y.shape) == (2, 3, N)
+    expected = reference.split_linear(x, tensor) + bias.float()
+    torch.testing.assert_close(y.view(6, N).cpu().float(), expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-3)
