@@ -211,10 +211,10 @@ def _dequantize_kernel() -> Callable[[Fragments, torch.dtype], Tensor]:
     return dequantize
 
 
-def _on_its_device(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` with the device of its first argument current: Triton launches on the current one, wherever x lies."""
 
-    def guarded(first: Any, *rest: Any) -> Tensor:
+    def guarded(first: Any, *rest: Any) -> Any:
         device = first.device if isinstance(first, Tensor) else first[0].device
         if device.index == torch.cuda.current_device():
             return run(first, *rest)
@@ -224,7 +224,7 @@ def _on_its_device(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return guarded
 
 
-def _define(name: str, schema: str, cpu: Any, cuda: Any, fake: Any) -> Any:
+def define(name: str, schema: str, cpu: Any, cuda: Any, fake: Any) -> Any:
     """Register one operator; returns it, ready to be called."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, cpu, "CPU")
@@ -234,7 +234,7 @@ def _define(name: str, schema: str, cpu: Any, cuda: Any, fake: Any) -> Any:
 
 
 # x [M, K] -> x Wᵀ + bias [M, N] in the dtype of x; bias [N] of that dtype.
-fragment_linear = _define(
+fragment_linear = define(
     "fragment_linear",
     "(Tensor x, Tensor[] words, Tensor scale, Tensor? zero, Tensor? bias, int N, int bits, int group_size, str kernel)"
     " -> Tensor",
@@ -245,7 +245,7 @@ fragment_linear = _define(
 
 # x [T, K] sorted by expert, offsets int32 [E + 1] on the same device -> [T, N]: rows offsets[e] .. offsets[e+1] - 1
 # meet the weight of expert e. Rows from offsets[E] on are unspecified.
-fragment_experts = _define(
+fragment_experts = define(
     "fragment_experts",
     "(Tensor x, Tensor offsets, Tensor[] words, Tensor scale, Tensor? zero, int N, int bits, int group_size, "
     "str kernel) -> Tensor",
@@ -255,7 +255,7 @@ fragment_experts = _define(
 )
 
 # The weight [N, K], formed in float32 and rounded once to `dtype`.
-fragment_dequantize = _define(
+fragment_dequantize = define(
     "fragment_dequantize",
     "(Tensor[] words, Tensor scale, Tensor? zero, int N, int K, int bits, int group_size, ScalarType dtype) -> Tensor",
     _cpu_dequantize,
