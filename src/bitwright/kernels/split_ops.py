@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -49,10 +50,13 @@ def _cpu_quantize(
 def _cuda_quantize(
     x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, block: int, clip: float
 ) -> Quantized:
+    run = _kernel()
+    if run is None:
+        return _cpu_quantize(x, base_idx, outlier_idx, bits, block, clip)
     _check(x, base_idx, outlier_idx, bits, block)
     out = _allocated(x, base_idx, outlier_idx)
     x = x if x.stride(1) == 1 else x.contiguous()
-    _kernel()(x, base_idx, outlier_idx, bits, block, clip, out)
+    run(x, base_idx, outlier_idx, bits, block, clip, out)
     return out
 
 
@@ -96,7 +100,10 @@ def _text(t: Tensor) -> str:
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel() -> Callable[..., None] | None:
+    """The Triton kernel; None where there is no Triton, and the obvious program serves the GPU as well."""
+    if find_spec("triton") is None:
+        return None
     from bitwright.kernels.triton.quantize import quantize
 
     return quantize
