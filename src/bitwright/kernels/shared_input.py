@@ -14,7 +14,8 @@ one is replayed). Inference tensors have no such count, so under `torch.inferenc
 linear takes a result once: when it comes again with the same tensor, a new round begins and the input is quantized
 anew.
 
-Under torch.compile nothing is remembered: the operator is traced, and equal calls are the compiler's to merge.
+Under torch.compile nothing is remembered: what is traced is one operator call for each linear. Merging equal ones is
+left to the compiler; Inductor (torch 2.13, inference) does not do it.
 """
 
 from __future__ import annotations
