@@ -67,6 +67,26 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(split_ops.quantize_activations, cases.operands(case))
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_norm_in_front_is_that_of_llama(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, *rest = cases.operands(Case(4, 90, 6, order="shuffled", clip=0.9, dtype=dtype, M=2))
+    norm = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    weight = norm.weight.data.copy_(torch.rand(96, generator=torch.Generator().manual_seed(1)) + 0.5)
+    got = split_ops.rms_norm_quantize(x, weight, 1e-5, *rest)
+    wanted = split_ops.quantize_activations(norm(x).detach(), *rest)
+    assert all(map(torch.equal, got, wanted))
+    torch.library.opcheck(split_ops.rms_norm_quantize, (x, weight, 1e-5, *rest))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(7), torch.ones(8).bfloat16()], ids=["narrow", "bf16"])
+def test_norms_that_do_not_fit_are_refused(weight: Tensor) -> None:
+    for run in (split_ops.rms_norm_quantize, split_ops._cuda_norm_quantize):
+        with pytest.raises(SchemeError, match=r"float32 \[2, 8\] activations needs a weight of that dtype and \[8\]"):
+            run(torch.zeros(2, 8), weight, 1e-5, None, index([7]), 8, 0, 1.0)
+
+
 def index(columns: list[int]) -> Tensor:
     return torch.tensor(columns, dtype=torch.int32)
 
@@ -107,7 +127,9 @@ def interpreted() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("kind", "least"), [("matrix", 72), ("shape", 20), ("part", 4), ("empty", 1)])
+@pytest.mark.parametrize(
+    ("kind", "least"), [("matrix", 72), ("shape", 20), ("part", 4), ("empty", 1), ("norm", 6), ("shuffle", 2)]
+)
 def test_in_the_interpreter(kind: str, least: int) -> None:
     mine = {name: error for name, error in interpreted().items() if name.startswith(kind)}
     assert len(mine) >= least
@@ -128,19 +150,21 @@ def test_programs_cover_their_token(block: int) -> None:
             assert c.repeats <= 2, "more columns a lane than have registers"
 
 
-def compiled(c: QuantizeConfig, bits: int, block: int, dtype: str, gather: bool) -> Any:
+def compiled(c: QuantizeConfig, bits: int, block: int, dtype: str, gather: bool, norm: bool = False) -> Any:
     """What `quantize` compiles for sm_90, for a large aligned input with outliers."""
     names = kernel.quantize_kernel.arg_names
     types = {"x": f"*{dtype}", "outlier_idx": "*i32", "codes": "*i8", "scale": "*fp32", "zero": "*i32"}
-    types |= {"outliers": f"*{dtype}", "clip": "fp32"} | dict.fromkeys(("stride", "B", "Bp", "O", "Op"), "i32")
-    types |= {"base_idx": "*i32"} if gather else {}
+    types |= {"outliers": f"*{dtype}", "clip": "fp32", "eps": "fp32"} | dict.fromkeys(
+        ("stride", "K", "B", "Bp", "O", "Op"), "i32"
+    )
+    types |= ({"base_idx": "*i32"} if gather else {}) | ({"weight": f"*{dtype}"} if norm else {})
     values = {"BITS": bits, "BLOCK": block, "WIDTH": SPAN, "WARPS": c.warps, "REPEATS": c.repeats, "WHOLE": c.whole}
-    values |= {"OUTLIERS": 256, "FMA": True, "base_idx": None}
+    values |= {"OUTLIERS": 256, "FMA": True, "base_idx": None, "weight": None}
     source = ASTSource(
         kernel.quantize_kernel,
         {n: types.get(n, "constexpr") for n in names},
         {(names.index(n),): values[n] for n in names if n not in types},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in types if n != "clip"},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in ("clip", "eps")},
     )
     options = {"num_warps": c.warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -180,7 +204,22 @@ def test_hopper_keeps_a_token_in_registers(
     # No division but the correctly rounded one, no fused product but the four of each quotient, nothing flushed.
     assert "div.full" not in ptx and "div.approx" not in ptx and ".ftz" not in ptx
     assert ptx.count("fma.rn.f32") == 4 * 16 * c.repeats
-    (tmp_path / "kernel.ptx").write_text(ptx)
+    assert spilled(ptx, tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize(("M", "columns", "bits"), [(1, 4096, 4), (4096, 8192, 8), (4096, 16384, 4)])
+def test_hopper_with_a_norm_in_front(M: int, columns: int, bits: int, tmp_path: Path) -> None:
+    c = quantize_config(M, columns, 0, PROCESSORS)
+    made = compiled(c, bits, 0, "bf16", gather=True, norm=True)
+    assert made.metadata.shared <= 4 * 32 * 2
+    assert spilled(made.asm["ptx"], tmp_path) == [0, 0]
+
+
+def spilled(ptx: str, folder: Path) -> list[int]:
+    """Bytes of spill stores and loads, by Triton's own ptxas."""
+    (folder / "kernel.ptx").write_text(ptx)
     command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
-    assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    found = re.findall(r"(\d+) bytes spill", said)
+    assert found, said
+    return [int(n) for n in found]

@@ -60,6 +60,50 @@ def _cuda_quantize(
     return out
 
 
+def _cpu_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    base_idx: Tensor | None,
+    outlier_idx: Tensor,
+    bits: int,
+    block: int,
+    clip: float,
+) -> Quantized:
+    _check(x, base_idx, outlier_idx, bits, block)
+    _check_norm(x, weight)
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    return _cpu_quantize(weight * h.to(x.dtype), base_idx, outlier_idx, bits, block, clip)
+
+
+def _cuda_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    base_idx: Tensor | None,
+    outlier_idx: Tensor,
+    bits: int,
+    block: int,
+    clip: float,
+) -> Quantized:
+    run = _kernel()
+    if run is None:
+        return _cpu_norm_quantize(x, weight, eps, base_idx, outlier_idx, bits, block, clip)
+    _check(x, base_idx, outlier_idx, bits, block)
+    _check_norm(x, weight)
+    out = _allocated(x, base_idx, outlier_idx)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    run(x, base_idx, outlier_idx, bits, block, clip, out, norm=(weight.contiguous(), eps))
+    return out
+
+
+def _fake_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, base_idx: Tensor | None, outlier_idx: Tensor, *rest: object
+) -> Quantized:
+    return _allocated(x, base_idx, outlier_idx)
+
+
 def _allocated(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor) -> Quantized:
     """Room for the result; it is also what tracing sees."""
     M, O = x.shape[0], outlier_idx.shape[0]
@@ -95,6 +139,13 @@ def _check(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, b
         )
 
 
+def _check_norm(x: Tensor, weight: Tensor) -> None:
+    if weight.dtype != x.dtype or weight.shape != (x.shape[1],):
+        raise SchemeError(
+            f"the norm of {_text(x)} activations needs a weight of that dtype and [{x.shape[1]}], not {_text(weight)}"
+        )
+
+
 def _text(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
@@ -120,4 +171,15 @@ quantize_activations = define(
     _cpu_quantize,
     _cuda_quantize,
     _fake_quantize,
+)
+
+# The same of RMSNorm(x): in float32 with `eps`, rounded to the dtype of x, times weight [K] in that dtype. The order of
+# the sum of squares is the implementation's own, so the numbers agree within its rounding, not bit for bit.
+rms_norm_quantize = define(
+    "rms_norm_quantize",
+    "(Tensor x, Tensor weight, float eps, Tensor? base_idx, Tensor outlier_idx, int bits, int block, float clip)"
+    " -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers)",
+    _cpu_norm_quantize,
+    _cuda_norm_quantize,
+    _fake_norm_quantize,
 )

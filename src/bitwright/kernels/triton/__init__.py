@@ -3,5 +3,6 @@
 Weights lie in fragment order (`kernels.fragments`). `fragment` turns words into tiles of a weight, on the device;
 `gemm`, `experts` and `dequantize` are one kernel each with its launcher; `config` chooses tiles. They run on any GPU
 that Triton serves, for every bit width, symmetric or not, groups of any multiple of 32 or whole rows, any M, N and K.
+`quantize` turns activations into integer codes, `norm` is what may come before that in the same launch.
 Importing this package imports nothing; its modules import Triton.
 """

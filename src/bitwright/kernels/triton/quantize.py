@@ -16,7 +16,8 @@ butterflies, and what is rounded is rounded once. Three things make it so:
   rounded r). Scales so small or large that something would leave the range of normal floats are divided by instead.
 * *Rounding to integers* adds 1.5 · 2^23: the sum has no room for a fraction, and its low byte is the code.
 
-The launch forbids the compiler to fuse products and sums by itself (`enable_fp_fusion`).
+The launch forbids the compiler to fuse products and sums by itself (`enable_fp_fusion`). An RMSNorm may come first, in
+the same program (`triton.norm`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from bitwright.kernels.triton.fragment import INTERPRET
 from bitwright.kernels.triton.gemm import machine, on_device
+from bitwright.kernels.triton.norm import inverse_rms, normed, square
 
 SPAN = 512  # columns that a warp takes side by side: 16 a lane, the codes of which are one 16-byte store
 WHOLE = 16384  # columns of a token that stay in registers: 32 a lane of 16 warps
@@ -78,22 +80,25 @@ def quantize(
     clip: float,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
     tiles: QuantizeConfig | None = None,
+    norm: tuple[Tensor, float] | None = None,
 ) -> None:
     """Fill `out` = (codes, scale, zero, outliers), allocated as `kernels.split_ops` says, from x [M, K].
 
     x: float32, bf16 or fp16, columns side by side, rows any distance apart. base_idx int32 [B] or None, outlier_idx
-    int32 [O]. tiles: instead of what `quantize_config` chooses.
+    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: (weight [K] in the dtype of x, eps) of an RMSNorm
+    that x goes through first.
     """
     codes, scale, zero, outliers = out
     M, O, device = x.shape[0], outlier_idx.shape[0], x.device
     if M == 0:
         return
     B = x.shape[1] - O if base_idx is None else base_idx.shape[0]
+    weight, eps = norm or (None, 0.0)
     c = tiles or quantize_config(M, codes.shape[1], block, machine(device)[1])
     with on_device(device):
         quantize_kernel[(M,)](
-            x, base_idx, outlier_idx, codes, scale, zero, outliers, x.stride(0), B, codes.shape[1], O,
-            outliers.shape[1], clip, BITS=bits, BLOCK=block, WIDTH=SPAN, WARPS=c.warps, REPEATS=c.repeats,
+            x, weight, base_idx, outlier_idx, codes, scale, zero, outliers, x.stride(0), x.shape[1], B, codes.shape[1],
+            O, outliers.shape[1], clip, eps, BITS=bits, BLOCK=block, WIDTH=SPAN, WARPS=c.warps, REPEATS=c.repeats,
             WHOLE=c.whole, OUTLIERS=min(1024, triton.next_power_of_2(outliers.shape[1])) if O else 0,
             FMA=device.type == "cuda", num_warps=c.warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -141,15 +146,16 @@ def rotated(y, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, RE
 
 @triton.jit
 def load_base(
-    x, base_idx, column, B, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr
-):
-    """float32: base columns `column` of a token, rotated; 0 from B on."""
+    x, weight, rstd, base_idx, column, B,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr,
+):  # fmt: skip
+    """float32: base columns `column` of a token, normalised, then rotated; 0 from B on."""
     inside = column < B
-    if base_idx is None:
-        y = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    else:
-        from_ = tl.load(base_idx + column, mask=inside, other=0)
-        y = tl.load(x + from_, mask=inside, other=0.0).to(tl.float32)
+    from_ = column if base_idx is None else tl.load(base_idx + column, mask=inside, other=0)
+    y = tl.load(x + from_, mask=inside, other=0.0)
+    if weight is not None:
+        y = normed(y, rstd, tl.load(weight + from_, mask=inside, other=0.0))
+    y = y.to(tl.float32)
     if BLOCK > 1:
         y = rotated(y, BLOCK, WIDTH, WARPS, REPEATS)
     return y
@@ -215,7 +221,7 @@ def codes_of(y, scale, zero, BITS: tl.constexpr, FMA: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    x, base_idx, outlier_idx, codes, scale, zero, outliers, stride, B, Bp, O, Op, clip,
+    x, weight, base_idx, outlier_idx, codes, scale, zero, outliers, stride, K, B, Bp, O, Op, clip, eps,
     BITS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr,
     WHOLE: tl.constexpr, OUTLIERS: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
@@ -224,16 +230,23 @@ def quantize_kernel(
     x += token * stride
     codes += token * Bp
     AT_ONCE: tl.constexpr = REPEATS * WARPS * WIDTH
+    rstd = 1.0
+    if weight is not None:
+        squares = tl.zeros([WIDTH, WARPS, REPEATS], tl.float32)
+        for first in range(0, K, AT_ONCE):
+            column = columns_of(first, WIDTH, WARPS, REPEATS)
+            squares += square(x, column, K)
+        rstd = inverse_rms(tl.sum(tl.reshape(squares, [AT_ONCE]), 0), K, eps)
     if WHOLE:
         column = columns_of(0, WIDTH, WARPS, REPEATS)
-        y = load_base(x, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
+        y = load_base(x, weight, rstd, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
         up, down = _extremes(y, BITS)
     else:
         up = tl.zeros([WIDTH, WARPS, REPEATS], tl.int32)
         down = up
         for first in range(0, Bp, AT_ONCE):
             column = columns_of(first, WIDTH, WARPS, REPEATS)
-            y = load_base(x, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
+            y = load_base(x, weight, rstd, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
             u, d = _extremes(y, BITS)
             up = tl.maximum(up, u)
             down = tl.maximum(down, d)
@@ -248,7 +261,7 @@ def quantize_kernel(
     else:
         for first in range(0, Bp, AT_ONCE):
             column = columns_of(first, WIDTH, WARPS, REPEATS)
-            y = load_base(x, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
+            y = load_base(x, weight, rstd, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
             code = tl.where(column < B, codes_of(y, s, z, BITS, FMA), 0)
             tl.store(codes + column, code, mask=column < Bp)
     if OUTLIERS:
@@ -256,4 +269,7 @@ def quantize_kernel(
         for first in range(0, Op, OUTLIERS):
             o = first + tl.arange(0, OUTLIERS)
             from_ = tl.load(outlier_idx + o, mask=o < O, other=0)
-            tl.store(outliers + o, tl.load(x + from_, mask=o < O, other=0.0), mask=o < Op)
+            kept = tl.load(x + from_, mask=o < O, other=0.0)
+            if weight is not None:
+                kept = normed(kept, rstd, tl.load(weight + from_, mask=o < O, other=0.0))
+            tl.store(outliers + o, kept, mask=o < Op)
