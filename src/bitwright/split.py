@@ -1,8 +1,8 @@
 """Matrices whose input columns are split: most on an integer grid, a few outliers at 16 bits.
 
 `InputSplit` belongs to an input, not to a linear: linears that read the same tensor get the same one, so that
-calibration gathers their statistics once. (Packed, each of them still splits and quantizes the input for itself.) It
-maps an input x [..., K] to its *arranged* form z [..., K], base columns first (in the order in which they are stored),
+calibration gathers their statistics once, and packed they quantize the input once (`kernels.shared_input`). It maps an
+input x [..., K] to its *arranged* form z [..., K], base columns first (in the order in which they are stored),
 outliers last; with a rotation, the base part of z is rotated. `SplitTensor` is a weight in arranged form: W x = W_z z.
 """
 

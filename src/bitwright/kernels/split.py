@@ -3,7 +3,7 @@
 The arithmetic is that of `reference.split_linear`: the input is split and quantized, integer codes are multiplied, and
 one float32 epilogue puts scales, zero points and outlier columns together. Codes keep their own width in memory and
 are unpacked some rows at a time; zeros of 2:4 are held like other codes here, for no operator of PyTorch's skips them
-on a CPU.
+on a CPU. Linears that read one tensor quantize it once (`shared_input`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bitwright.activations import quantize_asymmetric, quantize_symmetric
 from bitwright.kernels.layouts import pack_planes, unpack_planes
 from bitwright.kernels.problem import VNNI, Implementation, Problem
+from bitwright.kernels.shared_input import share
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import InputSplit, SplitTensor
@@ -34,7 +34,8 @@ class SplitInteger(Implementation):
     def __init__(self, problem: Problem, tensor: SplitTensor) -> None:
         assert isinstance(tensor.base, QuantizedTensor), "refuse lets grids through alone"
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
-        self._bits, self._split = tensor.scheme.weight.bits, tensor.split
+        self._bits, self._input = tensor.scheme.weight.bits, share(tensor.split)
+        self._split = self._input.split
         codes = tensor.base.codes.contiguous()
         self._codes = pack_planes(codes.view(torch.uint8) + (1 << (self._bits - 1)), self._bits)
         self._scale = tensor.base.scale.float().t().contiguous()
@@ -57,26 +58,22 @@ class SplitInteger(Implementation):
         return cls(problem, qt)
 
     def __call__(self, x: Tensor) -> Tensor:
-        N, B = self.shape[0], len(self._split.base_idx)
-        base, outliers = self._split.parts(x)
-        zero: Tensor | None = None
-        if self._split.bits == 8:
-            codes, scale = quantize_symmetric(base)
-        else:
-            codes, scale, zero = quantize_asymmetric(base, self._split.clip)
+        N, B, O = self.shape[0], len(self._split.base_idx), len(self._split.outlier_idx)
         y = x.new_empty(x.shape[0], N)
         if not x.shape[0]:
             return y
-        outliers = outliers.to(torch.float32)
+        quantized = self._input.codes(x)
+        codes, scale, zero = quantized.codes[:, :B].contiguous(), quantized.scale[:, None], quantized.zero[:, None]
+        outliers = quantized.outliers[:, :O].to(torch.float32)
         # As many rows of the weight at a time as keep codes and sums in cache.
         step = max(_ROWS, min(_CHUNK // B, _SUMS // x.shape[0]) // _ROWS * _ROWS)
         for n in range(0, N, step):
             rows = slice(n, min(n + step, N))
             acc = self._products(codes, self._unpacked(rows))
-            if zero is not None:
+            if self._split.bits == 4:
                 acc.sub_(zero.to(acc.dtype) * self._row_sums[:, rows].to(acc.dtype))
             part = acc.to(torch.float32).mul_(scale).mul_(self._scale[:, rows])
-            if len(outliers[0]):
+            if O:
                 part.add_(outliers @ self._outliers[:, rows])
             y[:, rows] = part
         return y

@@ -21,18 +21,26 @@ def zeros(count: int, device: torch.device) -> Tensor:
     """At least `count` int32 zeros on `device` for one launch on its current stream, which must leave them zero."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch.cuda.current_stream(index).cuda_stream
-    capture = _capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
-    held = _held.get((index, stream, capture))
+    place = index, _, capture = launch_place(device)
+    held = _held.get(place)
     if held is None or held.numel() < count:
         if capture:
             # Nothing is left to capture for an older one: its graph keeps that memory, and nobody asks for it again.
             for key in [key for key in _held if key[2] not in (0, capture)]:
                 del _held[key]
         held = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=f"cuda:{index}")
-        _held[index, stream, capture] = held
+        _held[place] = held
     return held
+
+
+def launch_place(device: torch.device) -> tuple[int, int, int]:
+    """Where a launch on the CUDA `device` goes now: device index, stream, and the capture in progress on it (or 0).
+
+    Launches of one place follow each other; those of two need not, and a captured one may run again alone.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(index).cuda_stream
+    return index, stream, _capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
 
 
 def _capture_id(stream: int) -> int:

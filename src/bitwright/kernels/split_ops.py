@@ -1,0 +1,185 @@
+"""Operators of split inputs (`bitwright.split`), declared like those of `ops`.
+
+`quantize_activations` is what every packed split linear does first. Its outputs are padded for the kernels that
+multiply them: base columns to a multiple of 128, outliers to a multiple of 16, all of the padding zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from bitwright.activations import MAX_ROTATION_BLOCK, quantize_asymmetric, quantize_symmetric, rotate
+from bitwright.errors import SchemeError
+from bitwright.kernels.ops import define
+
+BASE_PAD, OUTLIER_PAD = 128, 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _cpu_quantize(
+    x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, block: int, clip: float
+) -> Quantized:
+    _check(x, base_idx, outlier_idx, bits, block)
+    out = _allocated(x, base_idx, outlier_idx)
+    codes, scale, zero, outliers = out
+    O = outlier_idx.shape[0]
+    B = x.shape[1] - O if base_idx is None else base_idx.shape[0]
+    base = x[:, :B] if base_idx is None else x.index_select(1, base_idx)
+    if block:
+        base = rotate(base, block)
+    codes[:, B:], outliers[:, O:] = 0, 0
+    outliers[:, :O] = x.index_select(1, outlier_idx)
+    if bits == 8:
+        values, of_token = quantize_symmetric(base)
+        zero.zero_()
+    else:
+        values, of_token, zero_point = quantize_asymmetric(base, clip)
+        zero.copy_(zero_point[:, 0])
+    codes[:, :B] = values
+    scale.copy_(of_token[:, 0])
+    return out
+
+
+def _cuda_quantize(
+    x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, block: int, clip: float
+) -> Quantized:
+    run = _kernel()
+    if run is None:
+        return _cpu_quantize(x, base_idx, outlier_idx, bits, block, clip)
+    _check(x, base_idx, outlier_idx, bits, block)
+    out = _allocated(x, base_idx, outlier_idx)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    run(x, base_idx, outlier_idx, bits, block, clip, out)
+    return out
+
+
+def _cpu_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    base_idx: Tensor | None,
+    outlier_idx: Tensor,
+    bits: int,
+    block: int,
+    clip: float,
+) -> Quantized:
+    _check(x, base_idx, outlier_idx, bits, block)
+    _check_norm(x, weight)
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    return _cpu_quantize(weight * h.to(x.dtype), base_idx, outlier_idx, bits, block, clip)
+
+
+def _cuda_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    base_idx: Tensor | None,
+    outlier_idx: Tensor,
+    bits: int,
+    block: int,
+    clip: float,
+) -> Quantized:
+    run = _kernel()
+    if run is None:
+        return _cpu_norm_quantize(x, weight, eps, base_idx, outlier_idx, bits, block, clip)
+    _check(x, base_idx, outlier_idx, bits, block)
+    _check_norm(x, weight)
+    out = _allocated(x, base_idx, outlier_idx)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    run(x, base_idx, outlier_idx, bits, block, clip, out, norm=(weight.contiguous(), eps))
+    return out
+
+
+def _fake_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, base_idx: Tensor | None, outlier_idx: Tensor, *rest: object
+) -> Quantized:
+    return _allocated(x, base_idx, outlier_idx)
+
+
+def _allocated(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor) -> Quantized:
+    """Room for the result; it is also what tracing sees."""
+    M, O = x.shape[0], outlier_idx.shape[0]
+    B = x.shape[1] - O if base_idx is None else base_idx.shape[0]
+    codes = torch.empty(M, -(-B // BASE_PAD) * BASE_PAD, dtype=torch.int8, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    outliers = torch.empty(M, -(-O // OUTLIER_PAD) * OUTLIER_PAD, dtype=x.dtype, device=x.device)
+    return codes, scale, zero, outliers
+
+
+def _fake_quantize(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, *rest: object) -> Quantized:
+    return _allocated(x, base_idx, outlier_idx)
+
+
+def _check(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, block: int) -> None:
+    """Kernels take the operands at their word; SchemeError for words they would misread."""
+    if x.ndim != 2 or x.dtype not in _DTYPES:
+        raise SchemeError(f"activations to quantize must be float32, bfloat16 or float16 [M, K], not {_text(x)}")
+    for name, index in (("base_idx", base_idx), ("outlier_idx", outlier_idx)):
+        if index is not None and (index.dtype != torch.int32 or index.ndim != 1 or not index.is_contiguous()):
+            raise SchemeError(f"{name} must be int32, contiguous and of one dimension, not {_text(index)}")
+    K, O = x.shape[1], outlier_idx.shape[0]
+    B = K - O if base_idx is None else base_idx.shape[0]
+    if B + O != K or B < 1:
+        raise SchemeError(f"{B} base and {O} outlier columns do not make up an input of {K}; B + O = K, B at least 1")
+    if bits not in (4, 8):
+        raise SchemeError(f"activations are quantized to 4 or 8 bits, not {bits}")
+    if block < 0 or block > MAX_ROTATION_BLOCK or block & (block - 1) or (block and B % block):
+        raise SchemeError(
+            f"a rotation over blocks of {block} does not fit {B} base columns; a block is a power of two up to "
+            f"{MAX_ROTATION_BLOCK} that divides them, or 0"
+        )
+
+
+def _check_norm(x: Tensor, weight: Tensor) -> None:
+    if weight.dtype != x.dtype or weight.shape != (x.shape[1],):
+        raise SchemeError(
+            f"the norm of {_text(x)} activations needs a weight of that dtype and [{x.shape[1]}], not {_text(weight)}"
+        )
+
+
+def _text(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+@cache
+def _kernel() -> Callable[..., None] | None:
+    """The Triton kernel; None where there is no Triton, and the obvious program serves the GPU as well."""
+    if find_spec("triton") is None:
+        return None
+    from bitwright.kernels.triton.quantize import quantize
+
+    return quantize
+
+
+# x [M, K] float32, bf16 or fp16 -> codes int8 [M, Bp], scale float32 [M], zero int32 [M] (0 at 8 bits), outliers
+# [M, Op] in the dtype of x; Bp and Op are B and O padded. base_idx int32 [B]: base columns as stored, None = the first
+# B; outlier_idx int32 [O]; B + O = K. block: of the rotation, 0 = none. The numbers are those of
+# `bitwright.activations`, bit for bit. Codes and zero point of a token whose scale is NaN or Inf mean nothing.
+quantize_activations = define(
+    "quantize_activations",
+    "(Tensor x, Tensor? base_idx, Tensor outlier_idx, int bits, int block, float clip)"
+    " -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers)",
+    _cpu_quantize,
+    _cuda_quantize,
+    _fake_quantize,
+)
+
+# The same of RMSNorm(x): in float32 with `eps`, rounded to the dtype of x, times weight [K] in that dtype. The order of
+# the sum of squares is the implementation's own, so the numbers agree within its rounding, not bit for bit.
+rms_norm_quantize = define(
+    "rms_norm_quantize",
+    "(Tensor x, Tensor weight, float eps, Tensor? base_idx, Tensor outlier_idx, int bits, int block, float clip)"
+    " -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers)",
+    _cpu_norm_quantize,
+    _cuda_norm_quantize,
+    _fake_norm_quantize,
+)

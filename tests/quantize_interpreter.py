@@ -1,0 +1,91 @@
+"""A program like `triton_interpreter.py`, for the activation quantizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu import quantize_cases as cases
+from gpu.cases import poisoned
+from gpu.quantize_cases import Case
+from triton_interpreter import accept_numpy
+
+from bitwright.kernels import split_ops
+from bitwright.kernels.triton import quantize as module
+from bitwright.kernels.triton.quantize import QuantizeConfig, quantize
+
+PARTS = [
+    Case(4, 1300, 40, order="shuffled", clip=0.9),
+    Case(8, 1300, 0, dtype=torch.float32),
+    Case(4, 3072, 17, 1024, "ascending"),
+    Case(8, 2560, 5, 512, "first", dtype=torch.float16),
+]
+
+
+def run(*arguments: object, tiles: QuantizeConfig | None = None) -> tuple[Tensor, ...]:
+    """The kernel on CPU tensors, called like the operator."""
+    x, base_idx, outlier_idx, bits, block, clip = arguments
+    out = split_ops._allocated(x, base_idx, outlier_idx)
+    quantize(x, base_idx, outlier_idx, bits, block, clip, out, tiles)
+    return out
+
+
+def check_norm(case: Case, tiles: QuantizeConfig | None = None) -> None:
+    """Activations that are small integers: their squares have one sum, in any order."""
+    x, base_idx, outlier_idx, *rest = cases.operands(case)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-9, 10, x.shape, generator=generator).to(case.dtype)
+    weight = (torch.rand(case.K, generator=generator) + 0.5).to(case.dtype)
+    out = split_ops._allocated(x, base_idx, outlier_idx)
+    quantize(x, base_idx, outlier_idx, *rest, out, tiles, norm=(weight, 1e-5))
+    expected = split_ops.rms_norm_quantize(x, weight, 1e-5, base_idx, outlier_idx, *rest)
+    cases.compare(out, expected, f"norm {case}")
+
+
+def check_shuffles(case: Case) -> None:
+    """The rotation as a GPU does it, which takes its time here."""
+    try:
+        module.INTERPRET = tl.constexpr(False)
+        cases.check(run, case)
+    finally:
+        module.INTERPRET = tl.constexpr(True)
+
+
+def main() -> None:
+    accept_numpy()
+    narrow = [case for case in cases.shapes() if case.M * case.K < 1 << 17]
+    checks = {f"matrix {case}": partial(cases.check, run, case) for case in cases.matrix()}
+    checks |= {f"shape {case}": partial(cases.check, run, case) for case in narrow}
+    for case in PARTS:
+        tiles = QuantizeConfig(2 if case.block < 1024 else 1, max(1, case.block // 512), whole=False)
+        checks[f"part {case}"] = partial(cases.check, partial(run, tiles=tiles), case)
+    checks["empty"] = partial(cases.check, run, Case(4, 96, 8, M=0))
+    for dtype in cases.DTYPES:
+        case = Case(4, 600, 40, 8, "shuffled", 0.9, dtype, M=3)
+        checks[f"norm {case}"] = partial(check_norm, case)
+        checks[f"norm {case} in parts"] = partial(check_norm, case, QuantizeConfig(1, 1, whole=False))
+    for case in (Case(8, 512, block=512, M=2), Case(4, 1024, 3, 1024, "shuffled", M=1)):
+        checks[f"shuffle {case}"] = partial(check_shuffles, case)
+    results = {}
+    for name, check in checks.items():
+        try:
+            with poisoned():
+                check()
+            results[name] = ""
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
