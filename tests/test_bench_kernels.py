@@ -14,6 +14,7 @@ from bitwright.errors import BitwrightError
 from bitwright.kernels import dispatch, ops, reference
 from bitwright.kernels.dequantize import DequantizedWeight
 from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Problem
+from bitwright.kernels.split_cuda import SplitTriton
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
@@ -160,6 +161,43 @@ def test_speedups() -> None:
 def test_bad_options_are_one_error(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BitwrightError, match=said):
         kernels.run(options(**changes))
+
+
+@pytest.mark.parametrize("scheme", ["w4a4-o16", "w8a8", "w8a8-o16-rot"])
+def test_the_parts_of_a_split_linear_are_timed_beside_it(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's implementation, whose operators have a program for CPUs too."""
+
+    class Anywhere(SplitTriton):
+        NAME = "anywhere"
+
+        @classmethod
+        def refuse(cls, problem: Problem) -> str | None:
+            return None
+
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (Anywhere,))
+    monkeypatch.setattr(dispatch, "SPLIT_IMPLEMENTATIONS", (Anywhere,))
+    found = kernels.run(options(schemes=(scheme,), peers=("dense",)))
+    parts = [r for r in found if r["kind"] == "part"]
+    assert [r["name"].partition(": ")[2] for r in parts if r["tokens"] == 5] == [
+        "quantize",
+        "codes ready",
+        "product alone",
+    ]
+    assert all(r["status"] == "ok" and r["seconds"] > 0 and r["speedup_over_dense"] > 0 for r in parts)
+    whole = next(r for r in found if r["name"] == "anywhere")
+    assert whole["status"] == "ok" and whole["chosen"]
+    assert {r["bytes"] for r in parts if "quantize" not in r["name"]} == {
+        r["bytes"] for r in found if r["kind"] == "ours"
+    }
+    kernels.table(found)
+
+    def wrong(self: Anywhere, *given: Any) -> Tensor:
+        return SplitTriton.multiply(self, *given) + 1
+
+    monkeypatch.setattr(Anywhere, "multiply", wrong)
+    found = kernels.run(options(schemes=(scheme,), peers=("dense",)))
+    assert {r["status"] for r in found if r["name"] == "anywhere"} == {"wrong"}
+    assert not [r for r in found if r["kind"] == "part"]
 
 
 # -------------------------------------------------------------------------------------------------------------- peers

@@ -151,7 +151,7 @@ def test_a_plain_weight_has_no_outliers() -> None:
     w = Scheme.parse("w8a8").weight
     codes = torch.randint(-128, 128, (40, 200), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     qt = QuantizedTensor(codes, (torch.rand(40, 1) + 0.5).to(BF16), None, w)
-    tensor = split_cuda._unsplit(qt, problem("w8a8", 40, 200))
+    tensor = split_cuda.as_split(qt, problem("w8a8", 40, 200))
     x = activations(7, 200, BF16)
     assert torch.equal(on_cpu(tensor, BF16)(x), reference.linear(x, qt, Scheme.parse("w8a8")))
 

@@ -13,10 +13,10 @@ from bitwright.bench.timing import capture
 from bitwright.scheme import Scheme
 
 _BATCH, _PROMPT, _STEPS = 3, 20, 4
-# Relative Frobenius error of the logits after two blocks: a few roundings to 16 bits each. Activations that one of the
-# two models rounds to 8 bits are off by more.
+# Relative Frobenius error of the logits after two blocks: a few roundings to 16 bits each. Where both models round
+# activations, a difference in the last bit of an input sends some of them to the next code: at 4 bits a large step.
 _LIMITS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-3}
-_LIMIT_8_BITS = 0.15
+_LIMIT_ROUNDED = {8: 5e-2, 4: 0.25}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check(shape: ModelShape, scheme: Scheme, dtype: torch.dtype, device: torch.d
     expected, _ = _run(quantized.dense(), _state(small, dtype, device), fed)
     each = (logits.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)  # [1 + steps, batch]
     error = float(each.median() if shape.experts else each.max())
-    limit = _LIMITS[dtype] if scheme.activation_bits == 16 else _LIMIT_8_BITS
+    limit = _LIMIT_ROUNDED.get(scheme.activation_bits, _LIMITS[dtype])
     if not error <= limit:  # NaN too
         return Verdict(error, limit, f"logits are off by {error:.2g} of their size, more than {limit:.2g}")
     if device.type == "cuda":

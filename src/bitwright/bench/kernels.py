@@ -25,6 +25,7 @@ from bitwright.bench import timing
 from bitwright.bench.peers import PEERS, Linear, chosen, contenders, expected, random_weight
 from bitwright.bench.records import ABSENT, FAILED, OK, WRONG, Record, failure, stamp
 from bitwright.bench.shapes import KERNEL_SHAPES
+from bitwright.bench.split import QUANTIZE, SplitLinear
 from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 from bitwright.kernels.problem import Problem
@@ -147,6 +148,7 @@ class _Field:
                     reasons[c.name] = (WRONG, off(errors[c.name], worst))
                     continue
                 rounds[c.name] = timing.ready([_call(linear, x) for linear in linears], self.device)
+                rounds |= self._parts(c.name, x)
             except Exception as e:
                 reasons[c.name] = (FAILED, failure(e))
         timings = timing.interleaved(rounds, repeats)
@@ -156,7 +158,14 @@ class _Field:
                 if reason is not None:
                     reasons[c.name] = (WRONG, reason)
                     del timings[c.name]
+                    timings = {name: t for name, t in timings.items() if not _is_part(name, c.name)}
         return self._records(M, timings, errors, reasons, ceilings)
+
+    def _parts(self, name: str, x: Tensor) -> dict[str, timing.Round]:
+        """Rounds of the parts of a contender's work by (its name, theirs), where it has such."""
+        linears = [linear.parts(x) for linear in self.linears[name] if isinstance(linear, SplitLinear)]
+        names = linears[0] if linears else ()
+        return {_part(name, part): timing.ready([calls[part] for calls in linears], self.device) for part in names}
 
     def _records(
         self,
@@ -193,7 +202,21 @@ class _Field:
             else:
                 record["status"], record["reason"] = reasons[c.name]
             records.append(record)
+            own = {name: t for name, t in timings.items() if _is_part(name, c.name)}
+            records += [
+                record | self._part_fields(name, t, M, record["bytes"], dense, ceilings) for name, t in own.items()
+            ]
         return records
+
+    def _part_fields(
+        self, name: str, t: timing.Timing, M: int, moved: float, dense: timing.Timing | None, ceilings: timing.Ceilings
+    ) -> Record:
+        """What the record of a part has beside that of the whole, which moves `moved` bytes."""
+        K, flops = self.K, 2 * M * self.N * self.K
+        if name.endswith(_part("", QUANTIZE)):
+            moved, flops = M * K * (self.dtype.itemsize + 1), 0
+        shown = {"name": name, "kind": "part", "chosen": False, "relative_error": None}
+        return shown | figures(t, moved, flops, ceilings) | speedups(t, "part", dense, None)
 
 
 def compare(y: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -255,8 +278,8 @@ def rivals(
     kinds: Mapping[str, str], timings: Mapping[str, timing.Timing]
 ) -> tuple[timing.Timing | None, tuple[str, timing.Timing] | None]:
     """The baseline in 16 bits, and the fastest peer with its name, of those that were timed."""
-    dense = next((t for name, t in timings.items() if kinds[name] == "dense"), None)
-    peers = [(name, t) for name, t in timings.items() if kinds[name] == "peer"]
+    dense = next((t for name, t in timings.items() if kinds.get(name) == "dense"), None)
+    peers = [(name, t) for name, t in timings.items() if kinds.get(name) == "peer"]
     return dense, min(peers, key=lambda pair: pair[1].seconds, default=None)
 
 
@@ -270,6 +293,14 @@ def speedups(
         "best_peer": best[0] if best is not None and against_peer else None,
         "speedup_over_best_peer": best[1].seconds / t.seconds if best is not None and against_peer else None,
     }
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name}: {part}"
+
+
+def _is_part(name: str, whole: str) -> bool:
+    return name.startswith(_part(whole, ""))
 
 
 def _call(linear: Linear, x: Tensor) -> timing.Call:

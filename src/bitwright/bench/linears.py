@@ -20,7 +20,10 @@ from bitwright.kernels.cuda import FragmentWeight, TritonWeight
 from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.ops import fragment_experts
 from bitwright.kernels.problem import Implementation, PackedWeight, Problem, cpu_features, cuda_features
+from bitwright.kernels.split import SplitInteger
+from bitwright.kernels.split_cuda import Int8Weight
 from bitwright.scheme import Scheme
+from bitwright.split import InputSplit
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,29 @@ class DenseLinear:
 
 
 @dataclass(frozen=True)
+class RoundedLinear:
+    """What a linear over quantized activations computes, by plain operations in float32: the input rounded to its codes
+    and arranged as `split` says, weight float32 [N, K] in that arrangement."""
+
+    split: InputSplit
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = (self.split.seen(x) @ self.weight.t()).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self) -> RoundedLinear:
+        """Itself."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.weight.nbytes
+
+
+@dataclass(frozen=True)
 class PackedLinear:
     """The same over a packed weight."""
 
@@ -53,9 +79,11 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.weight.linear(x, self.bias)
 
-    def dense(self) -> DenseLinear:
-        """With the weight dequantized, without our kernels where it lies in fragments."""
+    def dense(self) -> DenseLinear | RoundedLinear:
+        """With the weight dequantized and none of our kernels; quantized activations stay rounded."""
         packed, dtype = self.weight, self.weight.dtype
+        if isinstance(packed, Int8Weight | SplitInteger):
+            return RoundedLinear(packed.split, packed.split.arrange_weight(packed.dequantize()), self.bias)
         if isinstance(packed, FragmentWeight):
             return DenseLinear(fragments.dequantize(packed.fragments, dtype), self.bias)
         return DenseLinear(packed.dequantize(dtype), self.bias)

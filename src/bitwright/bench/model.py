@@ -20,7 +20,7 @@ from torch.nn.functional import embedding
 
 from bitwright.bench import attention
 from bitwright.bench.elementwise import add_norm, rope_cache, rope_tables, silu_mul
-from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear
+from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear, RoundedLinear
 from bitwright.bench.routing import combine, route
 from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape
@@ -31,7 +31,7 @@ _EPS = 1e-5
 _ROPE_BASE = 10000.0
 _OPT_OFFSET = 2  # OPT's position table starts two rows late
 
-Linear = DenseLinear | PackedLinear
+Linear = DenseLinear | PackedLinear | RoundedLinear
 Experts = DenseExperts | PackedExperts
 
 

@@ -21,13 +21,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from bitwright.bench.split import expected_split, random_split
+from bitwright.bench.split import SplitLinear, expected_split, random_split
 from bitwright.errors import BitwrightError
 from bitwright.kernels import dispatch, ops
 from bitwright.kernels.cuda import FragmentWeight, gemm_above
 from bitwright.kernels.fragments import Fragments, pack
 from bitwright.kernels.problem import Problem
 from bitwright.kernels.reference import quantize_activations
+from bitwright.kernels.split_cuda import Int8Weight
+from bitwright.kernels.split_sparse import SparseValues
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
@@ -158,7 +160,9 @@ def _ours(problem: Problem) -> list[Contender]:
             entry = _fragment_kernel(choice.name, choice.name, choice.reason, absent, problem)
             fragments = fragments if absent else entry
         else:
-            if fragments is not None and absent is None:
+            kernel = issubclass(choice.implementation, Int8Weight | SparseValues)
+            taken = problem.device == "cuda" and any(other.absent is None for other in found)
+            if taken and not kernel and absent is None:
                 absent = "the last resort, left out where a kernel takes the problem"
             entry = _table_entry(choice, absent, problem)
         found.append(entry)
@@ -170,6 +174,8 @@ def _ours(problem: Problem) -> list[Contender]:
 
 def _table_entry(choice: dispatch.Choice, absent: str | None, problem: Problem) -> Contender:
     def prepare(qt: Weight) -> Linear:
+        if issubclass(choice.implementation, Int8Weight):
+            return SplitLinear.prepare(choice.implementation, qt, problem)
         return choice.implementation.prepare(qt, problem)
 
     return Contender(choice.name, "ours", choice.reason, absent, prepare, LIMITS[problem.dtype])

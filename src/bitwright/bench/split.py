@@ -1,18 +1,54 @@
-"""Random weights whose input is split (outlier columns, 4-bit activations, 2:4), and what must come out of them."""
+"""Weights whose input is split (outlier columns, 4-bit activations, 2:4): random ones, what must come out of them, and
+the parts of the time that a linear over one takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from bitwright.activations import quantize_asymmetric, quantize_symmetric, rotation_block
+from bitwright.kernels.problem import Problem
+from bitwright.kernels.shared_input import Alone, Codes
+from bitwright.kernels.split_cuda import Int8Weight, as_split
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 from bitwright.split import InputSplit, SplitTensor
 
 _PIECE = 1 << 26  # weights that go through float64 at a time
+
+# Of a call that quantizes its input: that alone; all the rest, as a linear takes it that finds the input quantized by
+# another; and of that rest the product of the base columns with its scales, without outliers.
+QUANTIZE, READY, PRODUCT = "quantize", "codes ready", "product alone"
+
+
+class SplitLinear:
+    """x [M, K] -> [M, N] over a packed weight that quantizes its input at every call, shared with nobody."""
+
+    def __init__(self, weight: Int8Weight) -> None:
+        self.weight = weight
+
+    @classmethod
+    def prepare(cls, implementation: type[Int8Weight], qt: QuantizedTensor | SplitTensor, problem: Problem) -> Self:
+        """`qt` packed by `implementation`."""
+        tensor = as_split(qt, problem)
+        return cls(implementation(problem, tensor, Alone(tensor.split)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.linear(x, None)
+
+    def parts(self, x: Tensor) -> dict[str, Callable[[], object]]:
+        """Calls that do a part of the work on x each, by name."""
+        weight, codes = self.weight, self.weight.quantizer.codes(x)
+        base, bare = weight.without_outliers(), Codes(codes.codes, codes.scale, codes.zero, codes.outliers[:, :0])
+        return {
+            QUANTIZE: lambda: weight.quantizer.codes(x),
+            READY: lambda: weight.multiply(codes),
+            PRODUCT: lambda: base.multiply(bare),
+        }
 
 
 def random_split(

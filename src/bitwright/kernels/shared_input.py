@@ -84,6 +84,20 @@ class SharedInput:
         return share, (self.split,)
 
 
+class Alone:
+    """The same for a linear that shares with nobody and remembers nothing, for measurements."""
+
+    def __init__(self, split: InputSplit) -> None:
+        self._memory = _Memory(split)
+
+    def codes(self, x: Tensor) -> Codes:
+        """x [..., K] -> Codes of its M tokens, quantized at every call."""
+        return self._memory.quantized(x.reshape(-1, x.shape[-1]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Alone, (self._memory.split,)
+
+
 @dataclass(frozen=True)
 class _Entry:
     alive: weakref.ref[Tensor]

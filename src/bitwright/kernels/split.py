@@ -35,7 +35,7 @@ class SplitInteger(Implementation):
         assert isinstance(tensor.base, QuantizedTensor), "refuse lets grids through alone"
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
         self._bits, self._input = tensor.scheme.weight.bits, share(tensor.split)
-        self._split = self._input.split
+        self.split = self._input.split
         codes = tensor.base.codes.contiguous()
         self._codes = pack_planes(codes.view(torch.uint8) + (1 << (self._bits - 1)), self._bits)
         self._scale = tensor.base.scale.float().t().contiguous()
@@ -58,7 +58,7 @@ class SplitInteger(Implementation):
         return cls(problem, qt)
 
     def __call__(self, x: Tensor) -> Tensor:
-        N, B, O = self.shape[0], len(self._split.base_idx), len(self._split.outlier_idx)
+        N, B, O = self.shape[0], len(self.split.base_idx), len(self.split.outlier_idx)
         y = x.new_empty(x.shape[0], N)
         if not x.shape[0]:
             return y
@@ -70,7 +70,7 @@ class SplitInteger(Implementation):
         for n in range(0, N, step):
             rows = slice(n, min(n + step, N))
             acc = self._products(codes, self._unpacked(rows))
-            if self._split.bits == 4:
+            if self.split.bits == 4:
                 acc.sub_(zero.to(acc.dtype) * self._row_sums[:, rows].to(acc.dtype))
             part = acc.to(torch.float32).mul_(scale).mul_(self._scale[:, rows])
             if O:
@@ -88,7 +88,7 @@ class SplitInteger(Implementation):
 
     def _unpacked(self, rows: slice | Tensor) -> Tensor:
         """Signed codes int8 [n, B]."""
-        unsigned = unpack_planes(self._codes[rows], self._bits, len(self._split.base_idx))
+        unsigned = unpack_planes(self._codes[rows], self._bits, len(self.split.base_idx))
         return (unsigned - (1 << (self._bits - 1))).view(torch.int8)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ class SplitInteger(Implementation):
 
     def _part(self, which: slice | Tensor) -> Tensor:
         base = self._unpacked(which).float() * self._scale.t()[which]
-        return self._split.restore_weight(torch.cat((base, self._outliers.t()[which]), dim=1))
+        return self.split.restore_weight(torch.cat((base, self._outliers.t()[which]), dim=1))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self._codes, self._scale, self._row_sums, self._outliers, *_indices(self._split))
+        return (self._codes, self._scale, self._row_sums, self._outliers, *_indices(self.split))
 
 
 class SplitVNNI(SplitInteger):
@@ -135,7 +135,7 @@ class SplitDequantized(Implementation):
 
     def __init__(self, problem: Problem, tensor: SplitTensor) -> None:
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
-        self._split, self._scheme, self._outliers = tensor.split, tensor.scheme, tensor.outliers.contiguous()
+        self.split, self._scheme, self._outliers = tensor.split, tensor.scheme, tensor.outliers.contiguous()
         if isinstance(tensor.base, QuantizedTensor):
             bits = tensor.base.scheme.bits
             unsigned = tensor.base.codes.contiguous().view(torch.uint8) + (1 << (bits - 1))
@@ -158,19 +158,19 @@ class SplitDequantized(Implementation):
 
     def __call__(self, x: Tensor) -> Tensor:
         N, K = self.shape
-        z = self._split.arrange(x)
+        z = self.split.arrange(x)
         step = max(1, _CHUNK // K)
         pieces = [z @ self._arranged(slice(n, n + step)).t() for n in range(0, N, step)]
         return torch.cat(pieces, dim=1).to(self.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self._split.restore_weight(self._arranged(index)).to(self.dtype)
+        return self.split.restore_weight(self._arranged(index)).to(self.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._split.restore_weight(self._arranged(slice(None))).to(dtype)
+        return self.split.restore_weight(self._arranged(slice(None))).to(dtype)
 
     def _arranged(self, which: slice | Tensor) -> Tensor:
-        B, w = len(self._split.base_idx), self._scheme.weight
+        B, w = len(self.split.base_idx), self._scheme.weight
         base = self._base[which]
         if w.bits < UNQUANTIZED_BITS:
             unsigned = unpack_planes(base, w.bits, B)
@@ -180,7 +180,7 @@ class SplitDequantized(Implementation):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self._base, self._scale, self._outliers, *_indices(self._split))
+        return (self._base, self._scale, self._outliers, *_indices(self.split))
 
 
 def _indices(split: InputSplit) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ become bytes in registers, and those of activations are bytes in memory.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -18,6 +19,7 @@ from bitwright.kernels.fragments import ROWS
 from bitwright.kernels.int8_fragments import MAX_COLUMNS, padded
 from bitwright.kernels.int8_ops import OUTLIER_STEP, int8_linear
 from bitwright.kernels.problem import TRITON, Implementation, Problem
+from bitwright.kernels.shared_input import share
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import InputSplit, SplitTensor
@@ -55,7 +57,7 @@ class Int8Weight(Implementation):
     def __init__(self, problem: Problem, tensor: SplitTensor, quantizer: Quantizer) -> None:
         assert isinstance(tensor.base, QuantizedTensor), "refuse lets grids through alone"
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
-        self._split, self._quantizer = tensor.split, quantizer
+        self.split, self.quantizer = tensor.split, quantizer
         self._B, self._O = tensor.base.shape[1], tensor.outliers.shape[1]
         self._scale = tensor.base.scale[:, 0].to(torch.float32).contiguous()
         self._row_sums = tensor.base.codes.sum(dim=1, dtype=torch.int32)
@@ -81,9 +83,7 @@ class Int8Weight(Implementation):
 
     @classmethod
     def prepare(cls, qt: QuantizedTensor | SplitTensor, problem: Problem) -> Self:
-        from bitwright.kernels.shared_input import share
-
-        tensor = qt if isinstance(qt, SplitTensor) else _unsplit(qt, problem)
+        tensor = as_split(qt, problem)
         return cls(problem, tensor, share(tensor.split))
 
     @classmethod
@@ -102,8 +102,21 @@ class Int8Weight(Implementation):
         """Codes int8 [n, B] of rows `index`, or of all."""
         raise NotImplementedError
 
+    def multiply(self, q: Quantized, bias: Tensor | None = None) -> Tensor:
+        """[M, N] of an input that `quantizer` quantized."""
+        raise NotImplementedError
+
+    def without_outliers(self) -> Self:
+        """The product of the base columns alone, over the same memory."""
+        other = copy.copy(self)
+        other._outliers, other._O = self._outliers[:, :0].contiguous(), 0
+        return other
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.linear(x, None)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.multiply(self.quantizer.codes(x), bias)
 
     def rows(self, index: Tensor) -> Tensor:
         return self._values(index).to(self.dtype)
@@ -115,11 +128,11 @@ class Int8Weight(Implementation):
         which: Any = slice(None) if index is None else index
         base = self._codes(index) * self._scale[which, None]
         outliers = self._outliers[which, : self._O].to(torch.float32)
-        return self._split.restore_weight(torch.cat((base, outliers), dim=1))
+        return self.split.restore_weight(torch.cat((base, outliers), dim=1))
 
     @property
     def _held(self) -> tuple[Tensor, ...]:
-        return self._scale, self._row_sums, self._outliers, self._split.base_idx, self._split.outlier_idx
+        return self._scale, self._row_sums, self._outliers, self.split.base_idx, self.split.outlier_idx
 
 
 class SplitTriton(Int8Weight):
@@ -142,8 +155,7 @@ class SplitTriton(Int8Weight):
         Bp = padded(problem.K - outlier_columns(problem))
         return 4 * -(-problem.N // ROWS) * ROWS * Bp if problem.scheme.weight.bits == 4 else 8 * problem.N * Bp
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        q = self._quantizer.codes(x)
+    def multiply(self, q: Quantized, bias: Tensor | None = None) -> Tensor:
         y: Tensor = int8_linear(
             q.codes, q.scale, q.zero, q.outliers, self._weight, self._scale, self._row_sums, self._outliers, bias,
             self._weight_bits, self.shape[0], self._B, self.dtype,
@@ -168,8 +180,10 @@ def outlier_columns(problem: Problem) -> int:
     return 0 if outliers is None else outliers.columns(problem.K)
 
 
-def _unsplit(qt: QuantizedTensor, problem: Problem) -> SplitTensor:
-    """A plain w8a8 weight as one whose input has no outliers and stays in order."""
+def as_split(qt: QuantizedTensor | SplitTensor, problem: Problem) -> SplitTensor:
+    """A split weight as it is; a plain w8a8 weight as one whose input has no outliers and stays in order."""
+    if isinstance(qt, SplitTensor):
+        return qt
     N, K = qt.shape
     device = qt.codes.device
     none = torch.empty(0, dtype=torch.int64, device=device)

@@ -108,11 +108,10 @@ class SplitSparse(Int8Weight):
     def _code_bits(cls, problem: Problem) -> float:
         return 5 * -(-problem.N // _STEP) * _STEP * padded(problem.K - outlier_columns(problem))
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        q, N = self._quantizer.codes(x), self.shape[0]
-        M = q.codes.shape[0]
+    def multiply(self, q: Quantized, bias: Tensor | None = None) -> Tensor:
+        M, N = q.codes.shape[0], self.shape[0]
         if M == 0:
-            return x.new_empty(0, N)
+            return q.scale.new_empty(0, N, dtype=self.dtype)
         step = max(_STEP, _MOST_SUMS // N // _STEP * _STEP)
         pieces = [self._finished(q, slice(m, m + step), bias) for m in range(0, M, step)]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
