@@ -159,5 +159,5 @@ def test_long_sums_stay_exact(text: str, features: frozenset[str]) -> None:
 def test_long_sums_would_show_a_bound_that_is_too_wide(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor, x = sums_beyond_float32(text)
     packed, _ = dispatch.prepare(tensor, tensor.scheme, torch.float32, features=frozenset())
-    monkeypatch.setattr("bitwright.kernels.split._EXACT_COLUMNS", 65536)
+    monkeypatch.setattr("bitwright.kernels.dequantize._EXACT_COLUMNS", 65536)
     assert not torch.equal(packed(x), reference.linear(x, tensor, tensor.scheme))

@@ -101,9 +101,10 @@ def test_without_outliers_every_bit_is_that_of_split_exact(
     x = activations(M, K, dtype)
     exact, choice = dispatch.prepare(tensor, tensor.scheme, dtype, features=frozenset())
     assert choice.implementation is SplitInteger
-    y = on_cpu(tensor, dtype)(x)
-    assert torch.equal(y, exact(x))
-    assert torch.equal(y, reference.linear(x, tensor, tensor.scheme))
+    for bias in (None, torch.randn(N).to(dtype)):
+        y = on_cpu(tensor, dtype).linear(x, bias)
+        assert torch.equal(y, exact.linear(x, bias))
+        assert torch.equal(y, reference.linear(x, tensor, tensor.scheme, bias))
 
 
 @pytest.mark.parametrize("M", [0, 1, 12])
@@ -152,8 +153,12 @@ def test_a_plain_weight_has_no_outliers() -> None:
     codes = torch.randint(-128, 128, (40, 200), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     qt = QuantizedTensor(codes, (torch.rand(40, 1) + 0.5).to(BF16), None, w)
     tensor = split_cuda.as_split(qt, problem("w8a8", 40, 200))
-    x = activations(7, 200, BF16)
-    assert torch.equal(on_cpu(tensor, BF16)(x), reference.linear(x, qt, Scheme.parse("w8a8")))
+    x, scheme = activations(7, 200, BF16), Scheme.parse("w8a8")
+    for bias in (None, torch.randn(40).to(BF16)):
+        want = reference.linear(x, qt, scheme, bias)
+        assert torch.equal(on_cpu(tensor, BF16).linear(x, bias), want)
+        for features in (frozenset(), None):  # the implementations for CPUs have the same bits
+            assert torch.equal(dispatch.prepare(qt, scheme, BF16, features=features)[0].linear(x, bias), want)
 
 
 def test_prepared_with_the_shared_quantizer() -> None:

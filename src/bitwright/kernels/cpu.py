@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from bitwright.kernels.dequantize import Int8Exact
 from bitwright.kernels.layouts import INT4_ROWS, gather_int4, int4_block, pack_int4, unpack_int4
 from bitwright.kernels.problem import AVX512, NATIVE_BF16, VNNI, Implementation, Problem
-from bitwright.kernels.reference import quantize_activations
 from bitwright.qtensor import QuantizedTensor
 
 _KERNEL_GROUPS = (256, 128, 64, 32)  # what the int4 operator takes
@@ -240,14 +240,10 @@ class Int8Weight(Implementation):
         return self._codes, self._scale
 
 
-class Int8Dynamic(Implementation):
-    """w8a8 on int8 dot products: codes int8 [N, K], scale float32 [1, N]; exact int32 sums."""
+class Int8Dynamic(Int8Exact):
+    """w8a8 on int8 dot products: exact int32 sums at once."""
 
     NAME = "int8-vnni"
-
-    def __init__(self, problem: Problem, codes: Tensor, scale: Tensor) -> None:
-        self.shape, self.dtype = (problem.N, problem.K), problem.dtype
-        self._codes, self._scale = codes, scale
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
@@ -263,26 +259,8 @@ class Int8Dynamic(Implementation):
     def describe(cls, problem: Problem) -> str:
         return f"int8 × int8 with int32 sums at any M; {8 + 32 / problem.K:.2f} bits per weight in memory"
 
-    @classmethod
-    def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
-        return cls(problem, qt.codes.contiguous(), qt.scale.float().t().contiguous())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.shape[0])
-        codes, scale = quantize_activations(x)
-        sums = torch._int_mm(codes, self._codes.t())
-        return sums.to(torch.float32).mul_(scale).mul_(self._scale).to(self.dtype)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return (self._codes[index] * self._scale[0, index, None]).to(self.dtype)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self._codes * self._scale.t()).to(dtype)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self._codes, self._scale
+    def _sums(self, codes: Tensor) -> Tensor:
+        return torch._int_mm(codes, self._codes.t())
 
 
 def _bf16(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from bitwright.qtensor import QuantizedTensor, spread
 
 _CHUNK = 1 << 21  # weights unpacked at a time: 8 MB in float32
 _GPU_CHUNK = 1 << 26  # on a GPU a launch costs more than memory does: 256 MB in float32
-_EXACT_COLUMNS = 1024  # 1024 · 127 · 127 < 2^24: a float32 sum of that many products of int8 codes is exact
+_EXACT_COLUMNS = 1024  # 1024 · 127 · 128 < 2^24: a float32 sum of that many products of int8 codes is exact
 
 
 class DequantizedWeight(Implementation):
@@ -87,9 +87,23 @@ class DequantizedWeight(Implementation):
         return values.to(dtype)
 
 
+def exact_products(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes int8 [M, K] times weight int8 [n, K], transposed: exact integers [M, n] in float32 or float64.
+
+    By float32 GEMMs over 1024 inputs each, which are exact; their sum, where K is larger, is taken in float64.
+    """
+    K = codes.shape[1]
+    if K <= _EXACT_COLUMNS:
+        return linear(codes.to(torch.float32), weight.to(torch.float32))
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float64, device=codes.device)
+    for k in range(0, K, _EXACT_COLUMNS):
+        part = slice(k, k + _EXACT_COLUMNS)
+        total += linear(codes[:, part].to(torch.float32), weight[:, part].to(torch.float32))
+    return total
+
+
 class Int8Exact(Implementation):
-    """w8a8 anywhere: codes int8 [N, K], scale float32 [1, N]; integer sums by float32 GEMMs over 1024 inputs each,
-    where they are exact, added up in float32 while that is exact and in float64 beyond."""
+    """w8a8 anywhere: codes int8 [N, K], scale float32 [1, N]; integer sums by `exact_products`."""
 
     NAME = "int8-exact"
 
@@ -113,17 +127,20 @@ class Int8Exact(Implementation):
         return cls(problem, qt.codes.contiguous(), qt.scale.float().t().contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
-        N, K = self.shape
+        return self.linear(x, None)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.shape[0])
         codes, scale = quantize_activations(x)
-        values = codes.to(torch.float32)
-        step = max(1, _CHUNK // min(K, _EXACT_COLUMNS))
-        total_dtype = torch.float32 if K <= _EXACT_COLUMNS else torch.float64
-        sums = x.new_zeros(x.shape[0], N, dtype=total_dtype)
-        for n in range(0, N, step):
-            for k in range(0, K, _EXACT_COLUMNS):
-                part = self._codes[n : n + step, k : k + _EXACT_COLUMNS].to(torch.float32)
-                sums[:, n : n + step] += linear(values[:, k : k + _EXACT_COLUMNS], part)
-        return sums.to(torch.float32).mul_(scale).mul_(self._scale).to(self.dtype)
+        y = self._sums(codes).to(torch.float32).mul_(scale).mul_(self._scale)
+        return (y if bias is None else y.add_(bias)).to(self.dtype)
+
+    def _sums(self, codes: Tensor) -> Tensor:
+        """Exact integers [M, N] of codes int8 [M, K], in any dtype that holds them."""
+        step = max(1, _CHUNK // min(self.shape[1], _EXACT_COLUMNS))
+        pieces = [exact_products(codes, part) for part in self._codes.split(step)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def rows(self, index: Tensor) -> Tensor:
         return (self._codes[index] * self._scale[0, index, None]).to(self.dtype)

@@ -27,10 +27,11 @@ def linear(x: Tensor, qt: QuantizedTensor | SplitTensor, scheme: Scheme, bias: T
 
     with an exact integer sum, rounded once to float32, and the two products in float32, in this order. (The sum runs
     over columns; where the weight has an `order`, so do the activations' codes.) A split weight goes to `split_linear`.
+    The bias is added before the result is rounded to the dtype of x: in float32, with 16-bit activations in float64.
     """
     if isinstance(qt, SplitTensor):
-        y = split_linear(x, qt).to(x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
+        y = split_linear(x, qt)
+        return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
     if scheme.activation_bits == 16:
         y = x.to(torch.float64) @ qt.dequantize(torch.float64).t()
     else:
@@ -39,7 +40,7 @@ def linear(x: Tensor, qt: QuantizedTensor | SplitTensor, scheme: Scheme, bias: T
         exact = codes.to(torch.int64) @ qt.codes.to(torch.int64).t()
         y = exact.to(torch.float32) * scale * qt.scale.to(torch.float32).t()
     if bias is not None:
-        y = y.to(x.dtype) + bias.to(x.dtype) if scheme.activation_bits == 8 else y + bias.to(torch.float64)
+        y = y + bias.to(y.dtype)
     return y.to(x.dtype)
 
 
@@ -58,7 +59,7 @@ def split_linear(x: Tensor, tensor: SplitTensor) -> Tensor:
 
     Each of float32(), the two products and the final sum rounds once to float32, with no fused multiply-add. The sum
     over outliers is in float32 with products of 16-bit values: its order alone is left to the implementation, and with
-    no outliers nothing is added and every bit is fixed. A bias is added to y rounded to the dtype of x, in that dtype.
+    no outliers nothing is added and every bit is fixed. A bias is added in float32, and the result rounded once.
     """
     base, outliers = tensor.split.parts(x)
     if tensor.split.bits == 16:

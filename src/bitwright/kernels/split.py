@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bitwright.kernels.dequantize import exact_products
 from bitwright.kernels.layouts import pack_planes, unpack_planes
 from bitwright.kernels.problem import VNNI, Implementation, Problem
 from bitwright.kernels.shared_input import share
@@ -23,7 +24,6 @@ from bitwright.split import InputSplit, SplitTensor
 _CHUNK = 1 << 20  # codes unpacked at a time: 1 MB
 _SUMS = 1 << 18  # sums of products at a time: 1 MB as int32, and 1 MB as float32
 _ROWS = 64
-_EXACT_COLUMNS = 1024  # 1024 · 127 · 128 < 2^24: a float32 sum of that many products of int8 codes is exact
 
 
 class SplitInteger(Implementation):
@@ -50,7 +50,7 @@ class SplitInteger(Implementation):
 
     @classmethod
     def describe(cls, problem: Problem) -> str:
-        return f"exact integer sums through float32 products of {_EXACT_COLUMNS} inputs; {_held(problem)}"
+        return f"exact integer sums through float32 products; {_held(problem)}"
 
     @classmethod
     def prepare(cls, qt: QuantizedTensor | SplitTensor, problem: Problem) -> Self:
@@ -58,6 +58,9 @@ class SplitInteger(Implementation):
         return cls(problem, qt)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x, None)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         N, B, O = self.shape[0], len(self.split.base_idx), len(self.split.outlier_idx)
         y = x.new_empty(x.shape[0], N)
         if not x.shape[0]:
@@ -75,16 +78,12 @@ class SplitInteger(Implementation):
             part = acc.to(torch.float32).mul_(scale).mul_(self._scale[:, rows])
             if O:
                 part.add_(outliers @ self._outliers[:, rows])
-            y[:, rows] = part
+            y[:, rows] = part if bias is None else part.add_(bias[rows])
         return y
 
     def _products(self, codes: Tensor, weight: Tensor) -> Tensor:
         """codes int8 [M, B] times weight int8 [n, B], exact integers [M, n] of any dtype that holds them."""
-        total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float64, device=codes.device)
-        for k in range(0, codes.shape[1], _EXACT_COLUMNS):
-            part = slice(k, k + _EXACT_COLUMNS)
-            total += codes[:, part].to(torch.float32) @ weight[:, part].to(torch.float32).t()
-        return total
+        return exact_products(codes, weight)
 
     def _unpacked(self, rows: slice | Tensor) -> Tensor:
         """Signed codes int8 [n, B]."""
