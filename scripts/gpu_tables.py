@@ -43,7 +43,14 @@ def kernels(records: Sequence[Record]) -> str:
 
 def kernel_bits(records: Sequence[Record]) -> str:
     """The same for other widths and groups."""
-    return _by_gpu(_of(records, "kernels", lambda r: r["scheme"] != MAIN_SCHEME), _kernel_table)
+    return _by_gpu(
+        _of(records, "kernels", lambda r: r["scheme"] != MAIN_SCHEME and not _splits(r["scheme"])), _kernel_table
+    )
+
+
+def quantized_activations(records: Sequence[Record]) -> str:
+    """Linears that quantize their input, and where their time goes."""
+    return _by_gpu(_of(records, "kernels", lambda r: _splits(r["scheme"])), _split_table)
 
 
 def experts(records: Sequence[Record]) -> str:
@@ -74,6 +81,7 @@ def memory(records: Sequence[Record]) -> str:
 GPU_TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "kernels": kernels,
     "kernel-bits": kernel_bits,
+    "quantized-activations": quantized_activations,
     "experts": experts,
     "decode": decode,
     "prefill": prefill,
@@ -126,6 +134,48 @@ def _kernel_table(records: list[Record]) -> str:
         del columns["scheme"]
     what = "" if several else f"`{min(schemes)}`, "
     return markdown(columns, ("scheme", "N × K")) + "\n" + _caption(records, what + "µs per call", "kernels")
+
+
+def _splits(scheme: str) -> bool:
+    """Whether more than the weight is quantized, or less: activations, columns apart, 2:4."""
+    return "a16" not in scheme or "-o" in scheme or "-24" in scheme
+
+
+def _split_table(records: list[Record]) -> str:
+    points = _grouped(records, lambda r: (r["scheme"], r["N"], r["K"], r["tokens"]))
+    order = sorted(points, key=lambda p: (p[0], p[1] * p[2], p[1], p[3]))
+    rows = [_latest(points[point]) for point in order]
+    ours, dense = [_taken(row) for row in rows], [row.get("dense") for row in rows]
+    parts = {
+        name: [None if r is None else row.get(f"{r['name']}: {name}") for row, r in zip(rows, ours, strict=True)]
+        for name in ("quantize", "codes ready", "product alone")
+    }
+    columns = {
+        "scheme": _once([f"`{scheme}`" for scheme, *_ in order]),
+        "N × K": _once([f"{N} × {K}" for _, N, K, _ in order]),
+        "M": [str(M) for *_, M in order],
+        "cuBLAS": [_time(r) for r in dense],
+        "bitwright": [_time(r) for r in ours],
+        **{name: [_time(r) for r in parts[name]] for name in parts},
+        "product, TOPS": [_form(r, "flops_per_second", ".0f", 1e-12) for r in parts["product alone"]],
+        "times cuBLAS": [_ratio(d, r) for d, r in zip(dense, ours, strict=True)],
+        **{
+            f"... quantized once for {n}": [
+                _shared_ratio(d, q, r, n)
+                for d, q, r in zip(dense, parts["quantize"], parts["codes ready"], strict=True)
+            ]
+            for n in (2, 3)
+        },
+    }
+    what = "µs per call; of a call: quantizing its input, all the rest, and of that the product without outliers"
+    return markdown(columns, ("scheme", "N × K")) + "\n" + _caption(records, what, "kernels")
+
+
+def _shared_ratio(dense: Record | None, quantize: Record | None, ready: Record | None, linears: int) -> str:
+    """How many times cuBLAS's speed where so many linears share the quantized input: computed from its parts."""
+    if dense is None or quantize is None or ready is None or dense["status"] != "ok":
+        return MISSING
+    return f"{_seconds(dense) / (_seconds(ready) + _seconds(quantize) / linears):.2f}"
 
 
 def _expert_table(records: list[Record]) -> str:
@@ -276,8 +326,8 @@ def _ratio(slow: Record | None, fast: Record | None) -> str:
     return f"{_seconds(slow) / _seconds(fast):.2f}"
 
 
-def _form(r: Record | None, key: str, spec: str) -> str:
-    return MISSING if r is None or r.get(key) is None else format(r[key], spec)
+def _form(r: Record | None, key: str, spec: str, factor: float = 1.0) -> str:
+    return MISSING if r is None or r.get(key) is None else format(r[key] * factor, spec)
 
 
 def _milli(r: Record, key: str, spec: str) -> str:

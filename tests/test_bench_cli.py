@@ -175,7 +175,7 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     tested = {c[-1] for c in commands if c[1] == "pytest"}
     assert tested == {f"tests/gpu/{path.name}" for path in (SCRIPT.parent.parent / "tests" / "gpu").glob("test_*.py")}
     written = [c[c.index("--records") + 1] for c in commands if "--records" in c]
-    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 8
+    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 10
 
 
 def test_gpu_check_leaves_one_log(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_gpu_check_compiles_beside_the_tests_what_it_times_later(tmp_path: Path)
     _, commands = gpu_check(tmp_path)
     timed, warmed = ([c for c in commands if "bench" in c and ("--repeats" in c) == w] for w in (False, True))
     small = [c[: c.index("--repeats")] for c in warmed]
-    small = [c[: c.index("--layers")] if "--layers" in c else c for c in small]
+    small = [c[:-2] if c[-2] == "--layers" else c for c in small]
     assert small == [c[: c.index("--records")] for c in timed if c[3] != "memory"]
     assert all(("--layers" in c) == (c[3] in ("decode", "prefill")) for c in warmed)
 
@@ -205,7 +205,7 @@ def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
 def test_gpu_check_takes_at_most_ten_minutes(tmp_path: Path) -> None:
     done, _ = gpu_check(tmp_path, SANITIZER=str(tmp_path / "python"))
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 10 and sum(limits) <= 590
+    assert len(limits) == 12 and sum(limits) <= 590
 
 
 def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
 
 
 def test_gpu_check_asks_for_options_that_there_are(tmp_path: Path) -> None:
-    _, commands = gpu_check(tmp_path, PARTS="kernels bits experts memory decode opt throughput prefill peers")
-    assert len(commands) == 9
+    _, commands = gpu_check(tmp_path, PARTS="kernels bits quik experts memory decode opt throughput prefill blocks peers")
+    assert len(commands) == 11
     for command in commands:
         result = invoke(app, [*command[2:], "--help"])  # an unknown option is found before --help is obeyed
         assert result.exit_code == 0, result.output

@@ -327,6 +327,24 @@ def test_prefill_throughput_and_memory_tables() -> None:
     assert [(r["scheme"], r["bits per weight"]) for r in rows] == [("`16-bit`", "16.00"), ("`w4a16-g128`", "4.12")]
 
 
+def test_quantized_activations_show_where_the_time_goes() -> None:
+    gpu = _script("gpu_tables")
+    fields = {"scheme": "w4a4-o256", "tokens": 2048}
+    whole = kernel("int8-triton", 100.0, chosen=True) | fields
+    parts = [
+        whole
+        | {"name": f"int8-triton: {name}", "kind": "part", "chosen": False, "seconds": us / 1e6, "flops_per_second": f}
+        for name, us, f in (("quantize", 30.0, 0.0), ("codes ready", 70.0, 9e14), ("product alone", 60.0, 1.2e15))
+    ]
+    dense = kernel("dense", 140.0) | fields
+    other = kernel("gluon", 5.0, chosen=True)
+    (row,) = grid(gpu.quantized_activations([dense, whole, *parts, other]))
+    assert row["cuBLAS"] == "140.0" and row["bitwright"] == "100.0" and row["quantize"] == "30.0"
+    assert row["product, TOPS"] == "1200" and row["times cuBLAS"] == "1.40"
+    assert row["... quantized once for 2"] == "1.65" and row["... quantized once for 3"] == "1.75"
+    assert gpu.kernel_bits([dense, whole, *parts]) == ""
+
+
 def test_gpu_tables_are_empty_until_something_was_measured(tables: ModuleType, tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("r.jsonl", "g.jsonl", "README.md")}
     files["r.jsonl"].write_text(json.dumps(record("opt", "fp", speeches=1.0)) + "\n")
