@@ -216,7 +216,9 @@ def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
 
 
 def test_gpu_check_asks_for_options_that_there_are(tmp_path: Path) -> None:
-    _, commands = gpu_check(tmp_path, PARTS="kernels bits quik experts memory decode opt throughput prefill blocks peers")
+    _, commands = gpu_check(
+        tmp_path, PARTS="kernels bits quik experts memory decode opt throughput prefill blocks peers"
+    )
     assert len(commands) == 11
     for command in commands:
         result = invoke(app, [*command[2:], "--help"])  # an unknown option is found before --help is obeyed

@@ -15,8 +15,9 @@ from bitwright.kernels import fragments
 from bitwright.scheme import Scheme
 
 SCHEMES = ["w4a16-g64", "w3a16-g32-asym", "w2a16", "w8a16-g128"]
+SPLIT = ["w8a8", "w4a4-o24", "w4a8-o16-rot", "w8a8-24", "w4a16-o16", "w3a16-g64-o8", "w16a16-24"]
 # Widths that are no multiple of a block, so that padding counts.
-ODD = ModelShape("odd", hidden=200, intermediate=330, heads=5, kv_heads=1, head_dim=40, layers=3, vocab=100, context=64)
+ODD = ModelShape("odd", hidden=200, intermediate=332, heads=5, kv_heads=1, head_dim=40, layers=3, vocab=100, context=64)
 MIXTURE = replace(ODD, name="mixture", experts=4, top_k=2)
 
 
@@ -29,7 +30,7 @@ def run(**changes: Any) -> list[dict[str, Any]]:
     return memory.run(memory.Options(**{"models": ("odd",), "device": "cpu"} | changes))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *SPLIT])
 @pytest.mark.parametrize("model", ["odd", "mixture"])
 def test_computed_bytes_are_those_that_are_made(odd: None, model: str, scheme: str) -> None:
     (record,) = run(models=(model,), schemes=(scheme,))

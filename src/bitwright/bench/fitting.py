@@ -13,7 +13,9 @@ from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import LinearShape, ModelShape
 from bitwright.errors import BitwrightError
 from bitwright.kernels.fragments import COLUMNS, ROWS
-from bitwright.scheme import Scheme
+from bitwright.kernels.int8_fragments import padded
+from bitwright.kernels.int8_ops import OUTLIER_STEP
+from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 
 RESERVED = 0.06  # share of a GPU's memory left to activations, workspaces and CUDA itself
 _BEYOND_CACHE = 150_000_000  # bytes of weights that no cache holds: three times the L2 of an H100
@@ -155,6 +157,28 @@ def _linear_bytes(linear: LinearShape, scheme: Scheme | None, dtype: torch.dtype
     N, K = linear.N, linear.K
     if scheme is None:
         return N * K * dtype.itemsize
+    if scheme.activation_bits < UNQUANTIZED_BITS:
+        return _int8_bytes(N, K, scheme, dtype)
+    if not scheme.plain:
+        return _unpacked_bytes(N, K, scheme, dtype)
     w, rows = scheme.weight, -(-N // ROWS) * ROWS
     per_group = dtype.itemsize * (1 if w.symmetric else 2)
     return rows * (-(-K // COLUMNS) * COLUMNS * w.bits // 8 + w.num_groups(K) * per_group)
+
+
+def _int8_bytes(N: int, K: int, scheme: Scheme, dtype: torch.dtype) -> int:
+    """As `kernels.split_cuda.SplitTriton` holds it: zeros of 2:4 too, scale and row sum of every output, outliers, and
+    where each column of the input belongs."""
+    outliers = 0 if scheme.outliers is None else scheme.outliers.columns(K)
+    codes = padded(K - outliers) * (-(-N // ROWS) * ROWS // 2 if scheme.weight.bits == 4 else N)
+    wide = -(-outliers // OUTLIER_STEP) * OUTLIER_STEP * dtype.itemsize
+    return codes + N * (8 + wide) + 8 * K
+
+
+def _unpacked_bytes(N: int, K: int, scheme: Scheme, dtype: torch.dtype) -> int:
+    """As `kernels.split.SplitDequantized` holds it: codes side by side (3 bits: 32 at a time), or 16-bit values."""
+    outliers = 0 if scheme.outliers is None else scheme.outliers.columns(K)
+    B, w = K - outliers, scheme.weight
+    row = 12 * -(-B // 32) if w.bits == 3 else -(-B * w.bits // 8)
+    scales = 0 if w.bits == UNQUANTIZED_BITS else dtype.itemsize * w.num_groups(B)
+    return N * (row + scales + outliers * dtype.itemsize) + 8 * K

@@ -3,7 +3,8 @@
 Bytes are computed from shapes and then checked: the packed matrices of one layer are made, and their bytes counted.
 What is counted, all in bytes:
 
-* *weights*: the linears of all layers in fragment order, padding, scales and zero points included;
+* *weights*: the linears of all layers as the GPU kernels hold them, padding, scales and zero points included; zeros of
+  2:4 count (cuSPARSELt holds fewer);
 * *other*: embedding, output head, norms, biases, routers in 16 bits;
 * *cache*: keys and values of `batch` sequences of `context` tokens in 16 bits;
 * *workspace*: the activations of one step, an estimate: the residual twice, the widest linear's input and output, all
@@ -22,12 +23,18 @@ import torch
 
 from bitwright.bench.fitting import block_bytes
 from bitwright.bench.kernels import DTYPES, Progress
+from bitwright.bench.peers import random_weight
 from bitwright.bench.records import FAILED, OK, WRONG, Record, failure, stamp
-from bitwright.bench.shapes import ModelShape, models
+from bitwright.bench.schemes import linear_scheme
+from bitwright.bench.shapes import LinearShape, ModelShape, models
+from bitwright.bench.split import SplitLinear
 from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 from bitwright.kernels import fragments
-from bitwright.scheme import Scheme
+from bitwright.kernels.problem import Problem
+from bitwright.kernels.split import SplitDequantized
+from bitwright.kernels.split_cuda import SplitTriton
+from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,18 +130,31 @@ def largest_batch(model: ModelShape, scheme: Scheme | None, context: int, memory
 
 def check_layer(model: ModelShape, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> Record:
     """Make the matrices of one layer, one after the other, and count: the computed figure must be theirs."""
-    w = scheme.weight
     made = 0
     try:
         for x in model.linears:
-            experts = None if x.count == 1 else x.count
-            made += fragments.random(x.N, x.K, w.bits, w.group_size, w.symmetric, dtype, device, experts).nbytes
+            one = linear_scheme(x, model, scheme)
+            assert one is not None, "a scheme was asked for"
+            made += _made(x, one, dtype, device)
     except RuntimeError as e:  # out of memory, here or on the device
         return {"status": FAILED, "reason": failure(e), "layer_bytes_made": None}
     computed = block_bytes(model, scheme, dtype)
     if made == computed:
         return {"layer_bytes_made": made}
     return {"status": WRONG, "reason": f"a layer takes {made} bytes, not {computed}", "layer_bytes_made": made}
+
+
+def _made(x: LinearShape, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of a random matrix (or all experts of a stack) in the layout of the GPU kernels, made on `device`."""
+    w = scheme.weight
+    if scheme.activation_bits == UNQUANTIZED_BITS and scheme.plain:
+        experts = None if x.count == 1 else x.count
+        return fragments.random(x.N, x.K, w.bits, w.group_size, w.symmetric, dtype, device, experts).nbytes
+    qt = random_weight(x.N, x.K, scheme, dtype, device)
+    problem = Problem(x.N, x.K, scheme, dtype, dtype, device.type, frozenset())
+    if scheme.activation_bits == UNQUANTIZED_BITS:
+        return x.count * SplitDequantized.prepare(qt, problem).nbytes
+    return x.count * SplitLinear.prepare(SplitTriton, qt, problem).weight.nbytes
 
 
 def _workspace(model: ModelShape, batch: int, context: int) -> int:
