@@ -227,6 +227,8 @@ def _prefill_table(records: list[Record]) -> str:
         "ms": [_milli(r, "seconds", ".1f") for r in rows],
         "tokens/s": [_form(r, "tokens_per_second", ".0f") for r in rows],
         "times 16-bit": [_form(r, "speedup_over_dense", ".2f") for r in rows],
+        "weights of 16-bit": [_form(r, "weight_share", ".0%") for r in rows],
+        "activations at most, GB": [_giga(r, "activation_peak_bytes") for r in rows],
         "timed": [_depth(r) for r in rows],
     }
     return markdown(columns, ("model", "scheme")) + "\n" + _caption(records, "whole prompts", "prefill")

@@ -23,6 +23,7 @@ from bitwright.bench.fitting import Depth, choose_depth, fewest_gpus, largest_ba
 from bitwright.bench.linears import DenseExperts, DenseLinear, PackedLinear
 from bitwright.bench.model import Block, Decoder, Mlp, MoE, Norm, Tables, make_model, make_state, make_tables
 from bitwright.bench.routing import Routing, combine, route
+from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape, models
 from bitwright.errors import BitwrightError
 from bitwright.scheme import Scheme
@@ -351,7 +352,25 @@ def test_prefill_end_to_end() -> None:
         assert r["status"] == "ok"
         work = 2 * 4 * (qkv_o + 2 * expert) * r["batch"] * r["length"]  # two of eight experts each
         assert r["flops_per_second"] * r["seconds"] == pytest.approx(work)
+        assert r["activation_peak_bytes"] is None
+    dense, quantized = (r["weight_bytes_per_block"] for r in records[:2])
+    assert dense == 2 * (qkv_o + 8 * expert) and records[0]["weight_share"] == 1
+    assert 0.25 < records[1]["weight_share"] == quantized / dense < 0.3
     assert prefill.table(records).row_count == 4
+
+
+def test_prefill_with_quantized_activations() -> None:
+    """The linears behind the activation function at 8 bits, the others at 4."""
+    small = replace(tiny(LLAMA), layers=2)
+    asked = prefill.Options(small, ("w4a4-o16",), prompts=((1, 8),), device="cpu", repeats=1)
+    dense, quantized = prefill.run(asked)
+    assert (dense["status"], quantized["status"]) == ("ok", "ok")
+    assert 4 / 16 < quantized["weight_share"] < 9 / 16
+    up, down = (x for x in small.linears if x.name in ("gate_up", "down"))
+    scheme = Scheme.parse("w4a4-o16")
+    assert str(linear_scheme(up, small, scheme)) == "w4a4-o16"
+    assert str(linear_scheme(down, small, scheme)) == "w8a8-o32"  # 16 of 256 inputs, 24 of 384, in steps of 16
+    assert linear_scheme(down, small, None) is None
 
 
 def test_throughput_sweeps_until_memory_is_full() -> None:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from bitwright.bench import timing
 from bitwright.bench.correctness import prompts
 from bitwright.bench.decode import Prepared, variants
+from bitwright.bench.fitting import block_bytes
 from bitwright.bench.kernels import DTYPES, Progress
-from bitwright.bench.model import make_state
+from bitwright.bench.model import Decoder, State, make_state
 from bitwright.bench.records import FAILED, OK, Record, failure, stamp
 from bitwright.bench.shapes import ModelShape
 from bitwright.devices import choose_device
@@ -87,9 +89,11 @@ def _time(
     ids = prompts(shape, batch, length, device)
     rounds: dict[str, timing.Round] = {}
     failed: dict[str, str] = {}
+    peaks: dict[str, int | None] = {}
     for name, model in prepared.models.items():
         own: dict[str, timing.Round] = {}
         try:
+            peaks[name] = _peak(model, state.first(prepared.depths[name].many), ids)
             for n in prepared.depths[name].counts:
                 part, of_part = model.first(n), state.first(n)
                 own[f"{name} {n}"] = timing.ready([lambda m=part, s=of_part: m.prefill(s, ids)], device)
@@ -121,6 +125,9 @@ def _time(
                 "seconds_low": total * deepest.low / deepest.seconds,
                 "seconds_high": total * deepest.high / deepest.seconds,
                 "seconds_per_block": depth.block(seconds),
+                "weight_bytes_per_block": prepared.models[name].block_bytes,
+                "weight_share": prepared.models[name].block_bytes / block_bytes(shape, None, dtype),
+                "activation_peak_bytes": peaks[name],
                 "tokens_per_second": tokens / total,
                 "flops_per_second": 2 * active * tokens / total,
                 "relative_error": None if verdict is None else verdict.error,
@@ -128,6 +135,19 @@ def _time(
             }
         )
     return records + prepared.missing()
+
+
+def _peak(model: Decoder, state: State, ids: Tensor) -> int | None:
+    """Bytes that one run takes at most beside weights and caches; None where torch does not count them."""
+    if ids.device.type != "cuda":
+        return None
+    model.prefill(state, ids)  # workspaces that stay are not the run's own
+    torch.cuda.synchronize(ids.device)
+    torch.cuda.reset_peak_memory_stats(ids.device)
+    before = torch.cuda.memory_allocated(ids.device)
+    model.prefill(state, ids)
+    torch.cuda.synchronize(ids.device)
+    return torch.cuda.max_memory_allocated(ids.device) - before
 
 
 def _active_weights(shape: ModelShape) -> int:
@@ -145,7 +165,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="; ".join(methods), caption_justify="left")
     for title in ("model", "scheme"):
         shown.add_column(title)
-    for title in ("prompt", "ms", "±", "ms/block", "tokens/s", "TFLOP/s in linears", "x 16-bit"):
+    for title in (
+        "prompt", "ms", "±", "ms/block", "tokens/s", "TFLOP/s in linears", "x 16-bit", "weights of 16-bit", "peak, MB"
+    ):  # fmt: skip
         shown.add_column(title, justify="right")
     for r in records:
         where = (r["model"], r["scheme"], f"{r['batch']}x{r['length']}")
@@ -161,5 +183,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
             f"{r['tokens_per_second']:.0f}",
             f"{r['flops_per_second'] / 1e12:.3g}",
             "" if speedup is None else f"{speedup:.2f}",
+            f"{r['weight_share']:.0%}",
+            "" if r["activation_peak_bytes"] is None else f"{r['activation_peak_bytes'] / 1e6:.0f}",
         )
     return shown
