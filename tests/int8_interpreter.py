@@ -1,13 +1,12 @@
-"""A program like `triton_interpreter.py`, for the int8 kernels: prints one JSON object, check -> error or ""."""
+"""A program: the int8 kernels in Triton's interpreter (`interpreter.py`)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from triton_interpreter import accept_numpy  # first of all: it asks for the interpreter
+from interpreter import report  # first of all: it asks for the interpreter
 
 # isort: split
 import torch
@@ -80,18 +79,5 @@ def ends() -> dict[str, Callable[[], None]]:
     return checks
 
 
-def main() -> None:
-    accept_numpy()
-    results = {}
-    for name, check in (linears() | ends()).items():
-        try:
-            with cases.poisoned():
-                check()
-            results[name] = ""
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    report(linears() | ends())

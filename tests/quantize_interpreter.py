@@ -1,24 +1,18 @@
-"""A program like `triton_interpreter.py`, for the activation quantizer."""
+"""A program: the activation quantizer in Triton's interpreter (`interpreter.py`)."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+from interpreter import report  # first of all: it asks for the interpreter
 
+# isort: split
 import torch
 import triton.language as tl
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from gpu import quantize_cases as cases
-from gpu.cases import poisoned
 from gpu.quantize_cases import Case
-from triton_interpreter import accept_numpy
+from torch import Tensor
 
 from bitwright.kernels import split_ops
 from bitwright.kernels.triton import quantize as module
@@ -61,8 +55,8 @@ def check_shuffles(case: Case) -> None:
         module.INTERPRET = tl.constexpr(True)
 
 
-def main() -> None:
-    accept_numpy()
+def all_checks() -> dict[str, Callable[[], None]]:
+    """Every kind of problem, rows in one piece and in several, the norm before it, the shuffles of a rotation."""
     narrow = [case for case in cases.shapes() if case.M * case.K < 1 << 17]
     checks = {f"matrix {case}": partial(cases.check, run, case) for case in cases.matrix()}
     checks |= {f"shape {case}": partial(cases.check, run, case) for case in narrow}
@@ -76,16 +70,8 @@ def main() -> None:
         checks[f"norm {case} in parts"] = partial(check_norm, case, QuantizeConfig(1, 1, whole=False))
     for case in (Case(8, 512, block=512, M=2), Case(4, 1024, 3, 1024, "shuffled", M=1)):
         checks[f"shuffle {case}"] = partial(check_shuffles, case)
-    results = {}
-    for name, check in checks.items():
-        try:
-            with poisoned():
-                check()
-            results[name] = ""
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps(results))
+    return checks
 
 
 if __name__ == "__main__":
-    main()
+    report(all_checks())

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from gpu import int8_cases
 from gpu.int8_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import assert_checks
 
 from bitwright.errors import SchemeError
 from bitwright.kernels import int8_fragments, int8_ops
@@ -135,21 +132,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 # --- the kernels
 
 
-@cache
-def interpreted() -> dict[str, str]:
-    """Error, or "", of every check that `int8_interpreter.py` makes."""
-    program = Path(__file__).with_name("int8_interpreter.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("kind", ["linear", "close", "finish"])
 def test_in_the_interpreter(kind: str) -> None:
-    mine = {name: error for name, error in interpreted().items() if name.startswith(kind)}
-    assert len(mine) >= {"linear": 23, "close": 3, "finish": 4}[kind]
-    assert not any(mine.values()), "\n".join(f"{name}: {error}" for name, error in mine.items() if error)
+    assert_checks("int8_interpreter", kind, {"linear": 23, "close": 3, "finish": 4}[kind])
 
 
 def test_ptx_gives_sixteen_times_each_code() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import assert_checks
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -113,27 +110,11 @@ def test_refusals_say_why(change: dict[str, Any], message: str) -> None:
             run(*(values | change).values())
 
 
-@cache
-def interpreted() -> dict[str, str]:
-    """Error, or "", of every check that `quantize_interpreter.py` makes."""
-    program = Path(__file__).with_name("quantize_interpreter.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize(
     ("kind", "least"), [("matrix", 72), ("shape", 20), ("part", 4), ("empty", 1), ("norm", 6), ("shuffle", 2)]
 )
 def test_in_the_interpreter(kind: str, least: int) -> None:
-    mine = {name: error for name, error in interpreted().items() if name.startswith(kind)}
-    assert len(mine) >= least
-    assert not any(mine.values()), "\n".join(f"{name}: {error}" for name, error in mine.items() if error)
+    assert_checks("quantize_interpreter", kind, least)
 
 
 @pytest.mark.parametrize("block", [0, 1, 64, 512, 1024])

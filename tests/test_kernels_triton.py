@@ -7,16 +7,13 @@ the arithmetic that unpacks them, and that nothing spills.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreted import assert_checks
 
 triton = pytest.importorskip("triton")
 
@@ -33,22 +30,11 @@ BITS = (2, 3, 4, 8)
 ALIGNED = ("x", "words", "plane", "scale", "zero", "out", "partial", "arrived", "bias", "N", "K")
 
 
-@cache
-def interpreted() -> dict[str, str]:
-    """Error, or "", of every check that `triton_interpreter.py` makes."""
-    program = Path(__file__).with_name("triton_interpreter.py")
-    done = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("kind", ["exact", "one-hot", "no tokens", "experts", "dequantize"])
 def test_in_the_interpreter(kind: str) -> None:
-    mine = {name: error for name, error in interpreted().items() if name.startswith(kind)}
-    assert len(mine) >= {"exact": 25, "one-hot": 4, "no tokens": 1, "experts": 8, "dequantize": 6}[kind]
-    assert not any(mine.values()), "\n".join(f"{name}: {error}" for name, error in mine.items() if error)
+    assert_checks(
+        "triton_interpreter", kind, {"exact": 25, "one-hot": 4, "no tokens": 1, "experts": 8, "dequantize": 6}[kind]
+    )
 
 
 def compiled(

@@ -1,24 +1,15 @@
-"""A program: runs the Triton kernels in Triton's interpreter on a CPU and prints one JSON object, check -> error or "".
-
-Its own process, because TRITON_INTERPRET counts when a kernel is defined, and the tests that compile need it unset.
-"""
+"""A program: the Triton kernels for 16-bit activations in Triton's interpreter (`interpreter.py`)."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+from interpreter import report  # first of all: it asks for the interpreter
 
+# isort: split
 import torch
-from triton.runtime import interpreter
-
-sys.path.insert(0, str(Path(__file__).parent))
 from gpu import cases
 from gpu.cases import Case
 
@@ -31,17 +22,6 @@ BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Config(BN=32, BM=16, BK=64, warps=4, stages=2)
 SPLIT = replace(SMALL, split_k=2)
 DEEP = replace(SMALL, BK=128)
-
-
-def accept_numpy() -> None:
-    """Bounds of loops are arrays of one element in the interpreter, which NumPy 2.4 no longer takes for numbers."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: object) -> None:
-        patch(tensor, scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    interpreter._patch_lang_tensor = patched
 
 
 def linears() -> dict[str, Callable[[], None]]:
@@ -101,18 +81,5 @@ def denses() -> dict[str, Callable[[], None]]:
     return {f"dequantize {case}": partial(check, case) for case in kinds}
 
 
-def main() -> None:
-    accept_numpy()
-    results = {}
-    for name, check in (linears() | stacks() | denses()).items():
-        try:
-            with cases.poisoned():
-                check()
-            results[name] = ""
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    report(linears() | stacks() | denses())
