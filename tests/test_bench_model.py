@@ -178,6 +178,13 @@ def test_quantized_models_equal_their_dequantized_twins(name: str, scheme: str) 
     assert verdict.reason is None and 0 < verdict.error < verdict.limit
 
 
+@pytest.mark.parametrize("scheme", ["w4a4-o256", "w4a4-o256-24"])
+def test_as_many_outliers_as_the_tiny_model_is_wide(scheme: str) -> None:
+    """256 columns of 4096 are 16 of its 256."""
+    verdict = correctness.check(LLAMA, Scheme.parse(scheme), BF16, CPU)
+    assert verdict.reason is None and verdict.limit == 0.25
+
+
 def test_the_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     right = PackedLinear.__call__
     monkeypatch.setattr(PackedLinear, "__call__", lambda self, x: right(self, x.roll(1, dims=-1)))

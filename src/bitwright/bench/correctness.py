@@ -10,7 +10,7 @@ from torch import Tensor
 from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.shapes import ModelShape
 from bitwright.bench.timing import capture
-from bitwright.scheme import Scheme
+from bitwright.scheme import OutlierScheme, Scheme
 
 _BATCH, _PROMPT, _STEPS = 3, 20, 4
 # Relative Frobenius error of the logits after two blocks: a few roundings to 16 bits each. Where both models round
@@ -50,8 +50,12 @@ def check(shape: ModelShape, scheme: Scheme, dtype: torch.dtype, device: torch.d
 
     A router may send a token elsewhere for the last bit of its input, and its logits are then others: with experts the
     median over tokens is what is limited. On a GPU the step is also captured, and a replay has to equal the eager run.
+    Of outlier columns the tiny model has the same share, for it is hardly wider than their number is in a large one.
     """
     small = tiny(shape)
+    if scheme.outliers is not None:
+        share = OutlierScheme(share=100 * scheme.outliers.columns(shape.hidden) / shape.hidden)
+        scheme = replace(scheme, outliers=share).resolved(small.hidden)
     quantized = make_model(small, scheme, make_tables(small, dtype, device))
     logits, fed = _run(quantized, _state(small, dtype, device))
     expected, _ = _run(quantized.dense(), _state(small, dtype, device), fed)
