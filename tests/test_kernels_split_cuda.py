@@ -10,7 +10,7 @@ import torch
 from split_cases import PlainInput, random_split_tensor
 from torch import Tensor
 
-from bitwright.kernels import dispatch, reference, split_cuda
+from bitwright.kernels import dispatch, reference, split_cuda, split_sparse
 from bitwright.kernels.dequantize import Int8Exact
 from bitwright.kernels.int8_fragments import MAX_COLUMNS
 from bitwright.kernels.problem import CUSPARSELT, TRITON, Problem
@@ -224,6 +224,7 @@ def sparse(monkeypatch: pytest.MonkeyPatch) -> FakeSparse:
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.mm)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", fake.search)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(split_sparse, "_algorithms", {})
     return fake
 
 
@@ -255,6 +256,13 @@ def test_sparse_searches_once_a_size_and_never_in_a_capture(
     packed(activations(65, 216, BF16))
     packed(activations(64, 216, BF16))
     assert sparse.searches == 2 and sparse.algorithms[-2:] == [0, 2]
+
+
+def test_matrices_of_one_shape_search_once(sparse: FakeSparse) -> None:
+    for text, N, searches in (("w8a8-24", 40, 1), ("w4a4-24", 40, 1), ("w8a8-24", 48, 2)):
+        tensor = random_split_tensor(N, 216, text, seed=searches)
+        SplitSparse(problem(text, N, 216), tensor, PlainInput(tensor.split))(activations(20, 216, BF16))
+        assert sparse.searches == searches
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -8,6 +8,7 @@ than the dense kernel's 4; for many tokens the products are what counts. 16-bit 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Self
 
 import torch
@@ -27,21 +28,22 @@ _MOST_SUMS = 1 << 28  # int32 sums held at a time: 1 GiB
 _LARGEST_BUCKET = 1 << 14  # tokens; beyond, one algorithm serves all
 _DTYPES = (torch.bfloat16, torch.float16)
 _MISSING = "needs cuSPARSELt, which this torch does not bring"
+_algorithms: dict[Hashable, int] = {}  # of products, by device, shape of the weight, dtype and size
 
 
 class Compressed:
     """A 2:4 matrix [N, K] as cuSPARSELt holds it, int8 or 16-bit, padded with zeros; and its products.
 
     cuSPARSELt's algorithms differ in speed (sums of 16-bit values also in the order of additions). The best one is
-    looked for at the first call of a size, powers of two apart, by trying them; not while a graph is captured or a
-    program traced, which take the default where nothing was found before.
+    looked for at the first call of a size, powers of two apart, by trying them all, which takes up to seconds; so
+    matrices of one shape share what was found. Not while a graph is captured or a program traced: these take the
+    default where nothing was found before.
     """
 
     def __init__(self, dense: Tensor) -> None:
         self.shape, self.dtype = tuple(dense.shape), dense.dtype
         N, K = dense.shape
         self.tensor = torch._cslt_compress(pad(dense, (0, -K % _STEP, 0, -N % _STEP)).contiguous())
-        self._algorithms: dict[int, int] = {}
 
     def sums(self, tokens: Tensor) -> Tensor:
         """int32 [at least N, at least M], W tokensᵀ of int8 tokens [M, K or more, zeros beyond]."""
@@ -75,13 +77,14 @@ class Compressed:
 
     def _algorithm(self, right: Tensor, transposed: bool) -> int:
         bucket = min(right.shape[1] - 1, _LARGEST_BUCKET).bit_length()
-        found = self._algorithms.get(bucket)
+        problem = right.device, self.shape, self.dtype, transposed, bucket
+        found = _algorithms.get(problem)
         if found is None:
             if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
                 return 0
             out_dtype = torch.int32 if self.dtype == torch.int8 else None
             found = torch._cslt_sparse_mm_search(self.tensor, right, out_dtype=out_dtype, transpose_result=transposed)
-            self._algorithms[bucket] = found
+            _algorithms[problem] = found
         return found
 
 
