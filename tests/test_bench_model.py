@@ -366,6 +366,14 @@ def test_prefill_end_to_end() -> None:
     assert prefill.table(records).row_count == 4
 
 
+@pytest.mark.parametrize("shape", [LLAMA, MIXTRAL], ids=lambda s: s.name)
+def test_linears_alone_have_inputs_of_their_own(shape: ModelShape) -> None:
+    """Linears that share a split would quantize a common one once, and one in all would be timed."""
+    small = tiny(shape)
+    calls = make_model(small, Scheme.parse("w4a16-g64"), make_tables(small, BF16, "cpu")).linear_calls(3)
+    assert len(calls) == 8 and len({call.args[0].data_ptr() for call in calls}) == 8
+
+
 def test_prefill_with_quantized_activations() -> None:
     """The linears behind the activation function at 8 bits, the others at 4."""
     small = replace(tiny(LLAMA), layers=2)

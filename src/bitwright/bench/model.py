@@ -220,14 +220,17 @@ class Decoder:
         return self.blocks[0].nbytes
 
     def linear_calls(self, M: int) -> list[Callable[[], Tensor]]:
-        """The linears of all blocks alone, each ready to be called on M random tokens."""
+        """The linears of all blocks alone, each ready to be called on M random tokens.
+
+        Every one has its own, as in the model: of one tensor, linears that share a split would quantize it once.
+        """
         like = self.tables.embedding
         s = self.shape
         x = torch.randn(M, s.hidden, dtype=like.dtype, device=like.device)
         y = torch.randn(M, s.heads * s.head_dim, dtype=like.dtype, device=like.device)
         calls: list[Callable[[], Tensor]] = []
         for block in self.blocks:
-            calls += [partial(block.qkv, x), partial(block.o, y), *block.mlp.calls(x)]
+            calls += [partial(block.qkv, x.clone()), partial(block.o, y.clone()), *block.mlp.calls(x.clone())]
         return calls
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
