@@ -6,9 +6,10 @@
 #     PARTS="tests kernels" scripts/gpu_check.sh
 #
 # Runs from the source, installs nothing, and needs no network. A part that fails or runs out of its time does not stop
-# the others; the exit code is then 1 and the last lines say which it was. The tests time nothing, so their files run
-# side by side, and beside them every benchmark once in small, so that its kernels are compiled when it is timed. Other
-# people's kernels compile and tune for minutes; PARTS=peers measures those that are installed, in a call of its own.
+# the others; the exit code is then 1 and the last lines say which it was. Tests that time nothing run side by side, one
+# process a file, and beside them every benchmark once in small, so that its kernels are compiled when it is timed; the
+# few that time something (test_timing.py) have the GPU for themselves afterwards. Other people's kernels compile and
+# tune for minutes; PARTS=peers measures those that are installed, in a call of its own.
 set -uo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -38,6 +39,7 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
 tests_limit=130
+timing_limit=15
 sanitizer_limit=40
 # Name, seconds, and arguments of `bitwright bench`.
 benchmarks=(
@@ -50,8 +52,8 @@ benchmarks=(
     "memory 15 memory --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b
         --scheme 16-bit --scheme w4a16-g128 --scheme w3a16-g128 --scheme w2a16-g128"
     "decode 45 decode --model llama-2-7b --model llama-2-70b --model mixtral-8x7b --batch 1,16"
-    "opt 45 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
-    "throughput 45 throughput --model llama-2-70b --largest 256"
+    "opt 35 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
+    "throughput 40 throughput --model llama-2-70b --largest 256"
     "prefill 25 prefill --model llama-2-7b --prompt 1x512 --prompt 1x2048"
     "blocks 50 prefill --model llama-2-70b --model llama-2-7b --layers 2 --prompt 1x2048
         --scheme w4a4-o256 --scheme w4a4-o256-24"
@@ -81,15 +83,32 @@ tiny() {
 
 # Every benchmark that is wanted, in small, until $1 seconds are over. Whatever fails here fails again when it counts.
 warm() {
-    local line words end=$((SECONDS + $1))
-    wanted sanitizer && tiny "$1" &>"$spare/tiny.log"
-    for line in "${benchmarks[@]}"; do
-        read -rd '' -a words <<<"$line"
-        wanted "${words[0]}" && [[ "${words[2]}" != memory ]] && ((SECONDS < end)) || continue
+    local lane end=$((SECONDS + $1))
+    wanted sanitizer && tiny "$1" &>"$spare/tiny.log" &
+    # Compiling takes one core each; more at a time would need more memory than the GPU has left beside the tests.
+    for lane in 0 1 2; do
+        warm_lane "$lane" 3 "$end" >"$spare/warm$lane.log" 2>&1 &
+    done
+    wait
+}
+
+# warm_lane I N END: benchmarks I, I + N, ..., one after the other.
+warm_lane() {
+    local i words
+    for ((i = $1; i < ${#benchmarks[@]}; i += $2)); do
+        read -rd '' -a words <<<"${benchmarks[i]}"
+        wanted "${words[0]}" && [[ "${words[2]}" != memory ]] && ((SECONDS < $3)) || continue
         [[ "${words[2]}" == decode || "${words[2]}" == prefill ]] && words+=(--layers 2)
-        limited $((end - SECONDS)) "$python" -m bitwright.cli bench "${words[@]:2}" --repeats 1 \
-            --records "$spare/warm.jsonl"
-    done >"$spare/warm.log" 2>&1
+        [[ "${words[0]}" == quik ]] && words+=(--tokens 1,2048) # more tokens need no other kernels, but memory
+        limited $(($3 - SECONDS)) "$python" -m bitwright.cli bench "${words[@]:2}" --repeats 1 \
+            --records "$spare/warm$1.jsonl"
+    done
+}
+
+# tested NAME SECONDS: one file of tests, its output to a log of its own. Inductor would start a pool of compilers.
+tested() {
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 limited "$2" "$python" -m pytest -m gpu -p no:cacheprovider \
+        --tb=short --durations=10 "tests/gpu/$1.py" >"$out/$1.log" 2>&1
 }
 
 if wanted tests; then
@@ -100,8 +119,8 @@ if wanted tests; then
     names=() running=()
     for file in tests/gpu/test_*.py; do
         name="$(basename "$file" .py)"
-        OMP_NUM_THREADS=1 limited $tests_limit "$python" -m pytest -m gpu -p no:cacheprovider --tb=short \
-            --durations=10 "$file" >"$out/$name.log" 2>&1 &
+        [[ "$name" == test_timing ]] && continue
+        tested "$name" $tests_limit &
         names+=("$name") running+=($!)
     done
     for i in "${!names[@]}"; do
@@ -110,9 +129,13 @@ if wanted tests; then
         echo "-- ${names[i]}: exit code $code"
         outcome "${names[i]}" "$code" "$tests_limit" "$out/${names[i]}.log"
     done
-    tested=$((SECONDS - began))
+    spent=$((SECONDS - began))
     wait "$warming"
-    echo "== tests: $tested s, kernels compiled after $((SECONDS - began)) s"
+    echo "== tests: $spent s, kernels compiled after $((SECONDS - began)) s"
+    echo "== test_timing (at most $timing_limit s)"
+    code=0
+    tested test_timing $timing_limit || code=$?
+    outcome test_timing "$code" "$timing_limit" "$out/test_timing.log"
 fi
 
 # Reads and writes beyond the end of a tensor, by NVIDIA's checker, which comes with CUDA's toolkit and not with PyTorch.

@@ -191,9 +191,16 @@ def test_gpu_check_compiles_beside_the_tests_what_it_times_later(tmp_path: Path)
     _, commands = gpu_check(tmp_path)
     timed, warmed = ([c for c in commands if "bench" in c and ("--repeats" in c) == w] for w in (False, True))
     small = [c[: c.index("--repeats")] for c in warmed]
-    small = [c[:-2] if c[-2] == "--layers" else c for c in small]
-    assert small == [c[: c.index("--records")] for c in timed if c[3] != "memory"]
+    small = [c[:-2] if c[-2] == "--layers" or c.count("--tokens") == 2 else c for c in small]
+    assert sorted(small) == sorted(c[: c.index("--records")] for c in timed if c[3] != "memory")
     assert all(("--layers" in c) == (c[3] in ("decode", "prefill")) for c in warmed)
+    assert sum(c.count("--tokens") == 2 for c in warmed) == 1
+
+
+def test_gpu_check_times_when_nothing_else_runs(tmp_path: Path) -> None:
+    _, commands = gpu_check(tmp_path)
+    last = max(i for i, c in enumerate(commands) if "pytest" in c or "--repeats" in c or c[-1] == "gpu.tiny")
+    assert commands[last][-1] == "tests/gpu/test_timing.py"
 
 
 def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
@@ -205,7 +212,7 @@ def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
 def test_gpu_check_takes_at_most_ten_minutes(tmp_path: Path) -> None:
     done, _ = gpu_check(tmp_path, SANITIZER=str(tmp_path / "python"))
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 12 and sum(limits) <= 590
+    assert len(limits) == 13 and sum(limits) <= 590
 
 
 def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
