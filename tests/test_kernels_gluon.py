@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import struct
 import subprocess
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:
     for M in (1, 8, 9, 16, 31, 33, 64, 65, 128, 129, 200, 256, 300, 2048):
         for N in (16, 4096, 22016, 57344):
             c = choose(M, N, 4096, bits, group_size, torch.float16, True, True, PROCESSORS)
-            assert c.NS >= 3 and c.stages_that_fit >= c.NS
+            assert c.NS >= 3 and c.stages_that_fit >= c.NS and c.NS % c.KWG == 0
             assert max(c.BM, c.BN, c.GROUPS, c.BK // 64 * max(fragments.WORDS[bits])) <= BOX
             assert group_size % c.BK == 0 or c.BK % group_size == 0 or group_size == 4096
             assert (1 if group_size == 4096 else max(1, c.BK // group_size)) == c.GROUPS
@@ -90,6 +92,83 @@ def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:
             assert c.PER * threads * c.MAXNREG <= 65536
     small = choose(1, 16, 40, bits, 40, torch.float16, False, False, PROCESSORS)
     assert small.GROUPS == 1  # one group, narrower than a step
+
+
+class Barrier:
+    """An mbarrier: a wait for a parity ends while the phase before the current one has it."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.pending, self.bytes, self.phase = count, count, 0, 0
+
+    def arrive(self, expected: int = 0) -> None:
+        assert self.pending > 0, "one arrival too many"
+        self.pending -= 1
+        self.bytes += expected
+        self._advance()
+
+    def complete(self) -> None:
+        self.bytes -= 1
+        self._advance()
+
+    def over(self, parity: int) -> bool:
+        return (self.phase - 1) & 1 == parity
+
+    def _advance(self) -> None:
+        if self.pending == self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+
+
+def pipeline(NS: int, KWG: int, lengths: list[int], seed: int) -> None:
+    """`_produce` and `_consume` of one row of warpgroups over pieces of these lengths, copies arriving in any order:
+    AssertionError if a warpgroup reads what is not there, or if nobody can go on."""
+    order = random.Random(seed)
+    full, empty = ([Barrier(1) for _ in range(NS)] for _ in range(2))
+    stages, coming, read = [-1] * NS, [], []
+
+    def produce() -> Iterator[Callable[[], bool]]:
+        for it in range(sum(lengths)):
+            s = it % NS
+            if it >= NS:
+                yield lambda s=s, it=it: empty[s].over((it // NS) & 1 ^ 1)
+            full[s].arrive(1)
+            coming.append((s, it))
+            yield lambda: True
+
+    def consume(step: int) -> Iterator[Callable[[], bool]]:
+        base = 0
+        for length in lengths:
+            it = base + (step + KWG - base % KWG) % KWG
+            base += length
+            for at in range(it, base, KWG):
+                s = at % NS
+                yield lambda s=s, at=at: full[s].over((at // NS) & 1)
+                assert stages[s] == at, f"step {at} finds step {stages[s]}"
+                read.append(at)
+                empty[s].arrive()
+
+    running = {agent: next(agent) for agent in (produce(), *map(consume, range(KWG)))}
+    while running or coming:
+        able = [agent for agent, ready in running.items() if ready()]
+        assert able or coming, "all wait"
+        if coming and (not able or order.random() < 0.3):
+            s, it = coming.pop(order.randrange(len(coming)))
+            stages[s] = it
+            full[s].complete()
+            continue
+        agent = order.choice(able)
+        try:
+            running[agent] = next(agent)
+        except StopIteration:
+            del running[agent]
+    assert sorted(read) == list(range(sum(lengths)))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_warpgroups_read_the_steps_they_wait_for(seed: int) -> None:
+    """Pieces of odd lengths, and few stages: no warpgroup may miss a phase of a barrier that it waits on."""
+    lengths = random.Random(seed).choices(range(1, 24), k=6)
+    for NS, KWG in ((4, 2), (6, 2), (8, 2), (3, 1)):
+        pipeline(NS, KWG, lengths, seed)
 
 
 def run_ptx(bits: int, kind: str, asymmetric: bool, inputs: list[int]) -> list[int]:

@@ -20,7 +20,8 @@ class Config:
 
     Problem: BITS of a code; KIND "bf16" or "fp16"; ASYM with zero points; BIAS with a bias; GROUP columns per scale;
     EXPERTS of a stack, padded to a power of two (0 = one weight), STACK as they are.
-    Tile: BM tokens, `BN` outputs, BK columns a step with GROUPS scales, NS stages, GM token tiles a band.
+    Tile: BM tokens, `BN` outputs, BK columns a step with GROUPS scales, NS stages (a multiple of KWG), GM token tiles a
+    band.
     Warpgroups: NWG, of which KWG take the same rows and share the steps; REST * 64 rows each; REGISTERS of one that is
     not the first, MAXNREG of a thread on average.
     Ways: PEERS pieces of a tile are read at a time when they are added up; TMA_OUT writes results through shared
@@ -216,4 +217,5 @@ def _finish(
         PEERS=4 if BM <= 16 else 2 if BM <= 32 else 1,
         TMA_OUT=BM >= 128 and N % 8 == 0,
     )
-    return replace(config, NS=min(NS, config.stages_that_fit))
+    stages = min(NS, config.stages_that_fit)
+    return replace(config, NS=stages - stages % config.KWG)  # a stage is always the same warpgroup's

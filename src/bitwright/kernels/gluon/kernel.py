@@ -183,7 +183,7 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
     ROWS: gl.constexpr = 64 * C.REST
     BLOCKS: gl.constexpr = 4 * C.REST
     BM: gl.constexpr = C.BM
-    # Warpgroups share a tile by rows, or all take the same rows and every KWG-th step.
+    # Warpgroups share a tile by rows, or all take the same rows and every KWG-th of the program's steps.
     KWG: gl.constexpr = C.KWG
     STEP: gl.constexpr = WG % KWG
     PART: gl.constexpr = WG // KWG
@@ -197,12 +197,14 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
         tile, k0, k1 = segment(i, whole, tiles_whole, first_unit, last_unit, nk)
         m0, end, pn, _expert = place(tile, problem, C)
         acc = gl.zeros([ROWS, BM], gl.float32, MMA)
-        it = base + STEP
+        # A stage belongs to one of those that share the steps, through all pieces: NS is a multiple of KWG. Whoever
+        # skipped a phase of a barrier would take the one before it for the one after.
+        it = base + (STEP + KWG - base % KWG) % KWG
         base += k1 - k0
         s = it % C.NS
         mbarrier.wait(full.index(s), (it // C.NS) & 1, pred=it < base)
         a = _operand(words0, words1, scales, zeros, s, PART, C, LW0, LW1, OPERAND)
-        for _step in range(k0 + STEP, k1, KWG):
+        for _step in range(it, base, KWG):
             s = it % C.NS
             acc = warpgroup_mma(a, xs.index(s).permute((1, 0)), acc, is_async=True)
             # The next operand is made while this product runs; past the end the old stage is read once more.
