@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from bitwright.kernels import ops
-from bitwright.kernels.fragments import Fragments, pack, stack
+from bitwright.kernels.fragments import Fragments, pack, random, stack
 from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
 from gpu import cases
 from gpu.cases import Case, Experts, Linear
@@ -65,11 +65,13 @@ def test_graph(kernel: Kernel, M: int, poison: None) -> None:
     cases.check_graph(lambda x: kernel.linear(x, f, None), x[0], x[1:])
 
 
-@pytest.mark.parametrize("M", [1, 16, 64, 256])
-def test_a_chain_waits_for_each_result(kernel: Kernel, M: int) -> None:
+# 5120² is large enough for two programs a processor, and cuts tiles into pieces of odd length.
+@pytest.mark.parametrize(("M", "size"), [(1, 4096), (16, 4096), (64, 4096), (256, 4096), (1, 5120), (20, 5120)])
+def test_a_chain_waits_for_each_result(kernel: Kernel, M: int, size: int) -> None:
     """Launches that may begin before their predecessor has ended, each fed with its result: as one by one."""
-    case = Case(4, 128, M=M, N=4096, K=4096)
-    weights = [a_weight(case) for _ in range(3)]
+    case = Case(4, 128, M=M, N=size, K=size)
+    weights = [random(size, size, 4, 128, True, case.dtype, "cuda") for _ in range(3)]
+    torch.cuda.synchronize()
 
     def chain(x: Tensor, apart: bool) -> Tensor:
         for _ in range(8):

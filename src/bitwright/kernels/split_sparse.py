@@ -144,6 +144,7 @@ class SparseValues(Implementation):
         assert isinstance(tensor.base, Tensor), "refuse lets 16-bit values through alone"
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
         self._split = tensor.split
+        self._gathered = not tensor.split.ascending  # asked once: the answer comes from the device
         self._compressed = Compressed(tensor.base.to(problem.dtype))
 
     @classmethod
@@ -170,7 +171,7 @@ class SparseValues(Implementation):
     def __call__(self, x: Tensor) -> Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self.shape[0])
-        return self._compressed.linear(x if self._split.ascending else x[:, self._split.base_idx])
+        return self._compressed.linear(x[:, self._split.base_idx] if self._gathered else x)
 
     def rows(self, index: Tensor) -> Tensor:
         return self.dequantize(self.dtype)[index]
