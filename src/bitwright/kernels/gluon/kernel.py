@@ -56,6 +56,7 @@ def fragment_gemm(
     """
     BN: gl.constexpr = C.BN
     NS: gl.constexpr = C.NS
+    gl.static_assert(C.NS % C.KWG == 0, "a stage would change hands (see `_consume`)")
     words0 = gl.allocate_shared_memory(gl.int32, [C.NS] + words0_desc.block_shape, words0_desc.layout)
     words1 = words0
     if C.BITS == 3:
