@@ -41,7 +41,7 @@ class Entry:
     def smoothing(self) -> tuple[float, ...]:
         """The alphas to choose from for factors between this matrix and its input; empty: no factors."""
         asked = getattr(self.options, "smooth", None)
-        if not asked or not (self.scheme.plain and self.scheme.activation_bits < UNQUANTIZED_BITS):
+        if not asked or not _smoothable(self.scheme):
             return ()
         return ALPHAS if asked == "auto" else (float(asked),)
 
@@ -233,18 +233,23 @@ def _check_algorithm(name: str, scheme: Scheme, algorithm: str, options: Any) ->
         )
     if algorithm == "gptq" and not scheme.plain:
         raise SchemeError(f"{name}: gptq makes grids alone, not {scheme}; use quik" + (" or sparsegpt" * scheme.sparse))
-    if isinstance(getattr(options, "smooth", None), int | float) and options.smooth:
-        if not scheme.plain or scheme.activation_bits == UNQUANTIZED_BITS:
-            raise SchemeError(
-                f"{name}: smooth={options.smooth} moves the range of 8-bit activations into weights, for w8a8 alone and "
-                f"not {scheme}; leave it out"
-            )
+    smooth = getattr(options, "smooth", None)
+    if smooth and smooth != "auto" and not _smoothable(scheme):
+        raise SchemeError(
+            f"{name}: smooth={smooth} moves the range of 8-bit activations into weights, for w8a8 alone and not "
+            f"{scheme}; leave it out"
+        )
     if algorithm == "rtn" and scheme.outliers is not None:
         raise SchemeError(f"{name}: outlier columns ({scheme}) are chosen from calibration text; use quik, not rtn")
     if algorithm == "sparsegpt" and not scheme.sparse:
         raise SchemeError(f"{name}: sparsegpt prunes, and {scheme} keeps every weight; add -24, or use gptq or quik")
     if algorithm == "quik" and not scheme.weight.symmetric:
         raise SchemeError(f"{name}: quik makes symmetric grids, not {scheme}; leave out -asym, or use gptq")
+
+
+def _smoothable(scheme: Scheme) -> bool:
+    """Whether factors between weights and activations have a use and no rival: outliers and rotations do the same."""
+    return scheme.plain and scheme.activation_bits < UNQUANTIZED_BITS
 
 
 def _check_values(algorithm: str, options: Any) -> None:

@@ -1,14 +1,14 @@
 """Smoothing: the range of activations moves into weights, channel by channel (SmoothQuant, arXiv 2211.10438).
 
 x_j / s_j meets W_nj * s_j: the product is the same, and a channel that is far larger than the others, which all share a
-token's one scale, is rounded where it does less harm. The paper's s_j = max|x_j|^alpha / max_n|W_nj|^(1 - alpha)
-(equation 4) is here
+token's one scale, is rounded where it does less harm. The factors here are
 
-    s_j = 2^e_j,   e_j = round(log2 of that) - median over j, within ±`LIMIT`,
+    s_j = 2^e_j,   e_j = round(alpha * log2 max|x_j|) - median over j, within ±`LIMIT`,
 
-because a power of two commutes with every rounding: the model with factors computes the same bits as the one without
-(short of underflow and overflow), so that whoever moves them can verify it. The paper has one alpha for a whole model.
-Here each input takes the one that rounds best on some of its tokens, or none.
+powers of two because these commute with every rounding: short of underflow and overflow a model with factors computes
+the same bits as one without, and whoever moves them can verify that. The paper also divides s_j by
+max_n|W_nj|^(1 - alpha) (equation 4) and has one alpha for a whole model. Here each input takes the alpha that rounds
+best on some of its tokens, or none; with that search the weights' share did harm (`dev/LOG.md`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bitwright.algorithms.quik import InputProfile
 from bitwright.algorithms.rtn import rtn
 from bitwright.scheme import WeightScheme
 
-ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # |e_j|. Channels that differ by more are as good as dead, and 16-bit floats hold no more of a norm's weight.
 LIMIT = 10
 # Rows of all weights together, and least tokens, that an error is measured with.
@@ -34,19 +34,20 @@ MIN_TOKENS = 32
 
 @dataclass(frozen=True)
 class Factors:
-    """exponents: e_j, fp32 whole numbers [C]. alpha. error: of the rounded product, relative to that without factors."""
+    """exponents: e_j, fp32 whole numbers [C]. alpha: what they were made with. error: of the rounded product, as a
+    share of that without factors."""
 
     exponents: Tensor
     alpha: float
     error: float
 
 
-def exponents(largest: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """e [C] of max|x_j| [C] and max_n|W_nj| [C]; 0 for a channel whose input or weight is always zero."""
-    alive = (largest > 0) & (columns > 0)
+def exponents(largest: Tensor, alpha: float) -> Tensor:
+    """e [C] of max|x_j| [C]; 0 for a channel that was always zero."""
+    alive = largest > 0
     if not bool(alive.any()):
         return torch.zeros_like(largest)
-    e = (alpha * largest.log2() - (1 - alpha) * columns.log2()).round()
+    e = (alpha * largest.log2()).round()
     return torch.where(alive, (e - e[alive].median()).clamp(-LIMIT, LIMIT), 0.0)
 
 
@@ -66,13 +67,7 @@ def choose_factors(
     x = profile.sample
     if len(x) < MIN_TOKENS:
         return None
-    C = int(channel.max()) + 1
-
-    def reduced(columns: Tensor) -> Tensor:
-        return columns.new_zeros(C).scatter_reduce(0, channel, columns.float(), "amax")
-
-    largest = reduced(profile.largest)
-    across = reduced(torch.stack([W.abs().amax(0) for W in weights]).amax(0).float())
+    largest = profile.largest.new_zeros(int(channel.max()) + 1).scatter_reduce(0, channel, profile.largest, "amax")
     step = -(-sum(len(W) for W in weights) // ROWS)
     W = torch.cat([W[::step] for W in weights]).float()
     exact = x @ W.T
@@ -86,7 +81,7 @@ def choose_factors(
     plain = error(torch.ones_like(profile.largest))
     best: Factors | None = None
     for alpha in alphas:
-        e = exponents(largest, across, alpha)
+        e = exponents(largest, alpha)
         if bool(e.any()):
             relative = error(e.exp2()[channel]) / max(plain, 1e-30)
             if relative < (1.0 if best is None else best.error):

@@ -7,10 +7,10 @@ linear) and the matrices that read them, whose columns are multiplied by it. Whi
 * a linear that reads something else (o_proj, down_proj, an expert's w2) is linked with an earlier one beside it whose
   width fits (v_proj, up_proj; where heads share keys and values, several columns share a row's factor), the last first.
 
-The guess is put to the test: factors are powers of two (`algorithms.smooth`), so the block with arbitrary ones in place
-must give the same bits for a batch of calibration text. Between gate_proj and down_proj, behind a GELU, or where someone
-else reads the norm, it does not, and the link is dropped. The chosen factors then pass the same test. A channel one of
-whose tensors could not hold the product exactly, in memory or as it will be stored, keeps the factor 1.
+The guess is put to the test: factors are powers of two (`algorithms.smooth`), so the block with arbitrary ones in
+place must give the same bits for a batch of calibration text. Between gate_proj and down_proj, behind a GELU, or where
+someone else reads the norm, it does not, and the link is dropped. The chosen factors then pass the same test. A channel
+one of whose tensors could not hold the product exactly, in memory or as it will be stored, keeps the factor 1.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ Storage = Mapping[str, torch.dtype | None]
 
 @dataclass(frozen=True)
 class Link:
-    """maker: path of the module that makes channels [C]. readers: paths of the modules whose matrices [·, K] read them.
-    seen: one that is given all tokens of theirs (a reader, or the expert stack of some). channel: int64 [K], the channel
-    that each column reads."""
+    """Paths of modules in the block, and channel: int64 [K], the channel that each column reads.
+
+    maker: makes channels [C]. readers: their matrices [·, K] read them. seen: is given all that the readers are (one of
+    them, or the expert stack of some).
+    """
 
     maker: str
     readers: tuple[str, ...]
@@ -82,6 +84,9 @@ def smooth_block(
     def same_bits() -> bool:
         return torch.equal(plain, first_tensor(module(hidden[0], *calls[0].args, **calls[0].kwargs)))
 
+    if candidates and not same_bits():
+        result.records |= dict.fromkeys(asked, "two forwards of the block differ, so nothing can be verified")
+        return result
     generator = torch.Generator().manual_seed(0)
     first = (next((t for t in tries if _holds(t, module, storage, same_bits, generator)), None) for tries in candidates)
     held = [links for links in first if links]
@@ -204,8 +209,8 @@ def _obstacle(link: Link, module: nn.Module, asked: Asked, storage: Storage) -> 
 
 
 def _parts(module: nn.Module, link: Link) -> Iterator[tuple[str, nn.Parameter, int, Tensor | None]]:
-    """Every parameter of a link: path, itself, the dimension along which its channels lie, and the channel of each place
-    there (None: in order)."""
+    """Every parameter of a link: path, itself, the dimension along which its channels lie, the channel of each place in
+    it (None: in order)."""
     for leaf, p in module.get_submodule(link.maker).named_parameters(recurse=False):
         yield f"{link.maker}.{leaf}", p, 0, None
     for name in link.readers:
@@ -247,7 +252,11 @@ def _exact(module: nn.Module, link: Link, e: Tensor, storage: Storage) -> Tensor
 
 
 def _holds(
-    links: Sequence[Link], module: nn.Module, storage: Storage, same_bits: Callable[[], bool], generator: torch.Generator
+    links: Sequence[Link],
+    module: nn.Module,
+    storage: Storage,
+    same_bits: Callable[[], bool],
+    generator: torch.Generator,
 ) -> bool:
     """Whether arbitrary factors on every channel leave the block's output as it was."""
     tried = []
