@@ -15,12 +15,14 @@ from conftest import FAMILIES, build_tiny, save_tokenizer, tiny_config
 from pipeline_oracle import IDS, TEXT, WIDE, module_name, read, twin, weights
 from torch import nn
 
-from bitwright.algorithms.smooth import ALPHAS, LIMIT
-from bitwright.calibrate.capture import block_calls, first_tensor, readers, trace
+from bitwright.algorithms.smooth import ALPHAS, LIMIT, Factors
+from bitwright.calibrate import smoothing
+from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, readers, trace
 from bitwright.calibrate.smoothing import Link, Smoothed, _exact, smooth_block
 from bitwright.errors import BitwrightError
 from bitwright.models.discover import discover
 from bitwright.models.experts import unfuse
+from bitwright.models.structure import Block, Linear
 from bitwright.nn.load import load
 from bitwright.pipeline import Result, quantize
 from bitwright.recipe import Recipe, Rule
@@ -216,7 +218,7 @@ def test_no_factor_where_a_stored_tensor_could_not_hold_the_product() -> None:
 
 
 def test_readers_are_those_that_are_given_the_very_output() -> None:
-    class Block(nn.Module):
+    class Small(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.norm, self.a, self.b, self.c = nn.LayerNorm(4), *(nn.Linear(4, 4) for _ in range(3))
@@ -225,11 +227,55 @@ def test_readers_are_those_that_are_given_the_very_output() -> None:
             y = self.norm(x)
             return self.a(y) + self.b(y.view(-1, 4)).view_as(y) + self.c(y + 0)
 
-    from bitwright.calibrate.capture import Call
-
-    block, x = Block(), torch.randn(2, 3, 4)
+    block, x = Small(), torch.randn(2, 3, 4)
     out, found = readers(block, x, Call((), {}), ["norm"], ["a", "b", "c"])
     assert found == {"norm": ["a", "b"]} and torch.equal(out, block(x))
+
+
+class Clamped(nn.Module):
+    """Two norms with a linear each; what the first gives is clamped where small factors do not reach."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.a, self.norm2, self.b = nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.noise = noise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.a(self.norm(x).clamp_(-100, 100))
+        return y + self.b(self.norm2(y)) + self.noise * torch.randn_like(y)
+
+
+def smooth_clamped(module: Clamped) -> Smoothed:
+    linears = tuple(Linear(f"block.{n}", 4, 4, True, "Linear", f"block.{n}") for n in "ab")
+    block = Block("block", "Clamped", linears, (), (), (), 0)
+    x, calls, groups = torch.randn(2, 32, 4), [Call((), {})], [Group(("a",), False), Group(("b",), False)]
+    storage: dict[str, Any] = {k: torch.float32 for k, _ in module.named_parameters()} | {"a.weight": None}
+    return smooth_block(
+        block, module, groups, [x], calls, {n: (ALPHAS, W8) for n in "ab"}, storage | {"b.weight": None}
+    )
+
+
+def test_factors_that_change_the_output_after_all_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = torch.tensor([-9.0, 0.0, 1.0, 2.0])
+    monkeypatch.setattr(smoothing, "choose_factors", lambda *rest: Factors(e, 0.5, 0.5))
+    torch.manual_seed(0)
+    module = Clamped()
+    before = {k: p.clone() for k, p in module.named_parameters()}
+    result = smooth_clamped(module)
+    assert result.records["a"] == "factors here would not be exact"
+    moved = {"from": "block.norm2", "alpha": 0.5, "channels": 3, "exponents": [-9, 2], "error": 0.5}
+    assert result.records["b"] == moved and result.factors.keys() == {"norm2.weight", "norm2.bias", "b.weight"}
+    for key, p in module.named_parameters():
+        factor = {"norm2.weight": (-e).exp2(), "norm2.bias": (-e).exp2(), "b.weight": e.exp2()}.get(key, 1)
+        assert torch.equal(p, before[key] * factor), key
+
+
+def test_a_block_that_is_not_repeatable_is_left_alone() -> None:
+    module = Clamped(noise=1e-3)
+    before = {k: p.clone() for k, p in module.named_parameters()}
+    result = smooth_clamped(module)
+    assert set(result.records.values()) == {"two forwards of the block differ, so nothing can be verified"}
+    assert all(torch.equal(before[k], p) for k, p in module.named_parameters()) and not result.factors
 
 
 # ----------------------------------------------------------------------------------------------------- the whole thing

@@ -16,7 +16,7 @@ one of whose tensors could not hold the product exactly, in memory or as it will
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from bitwright.scheme import WeightScheme
 Asked = Mapping[str, tuple[Sequence[float], WeightScheme]]
 # Parameter (path in its block) -> the dtype it is stored in, None if it is quantized. Those missing may not change.
 Storage = Mapping[str, torch.dtype | None]
+_INEXACT = "factors here would not be exact"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Link:
     def size(self) -> int:
         """C."""
         return int(self.channel.max()) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """Exponents e [C] for a link, and what the record says of them (in words if they are all zero)."""
+
+    link: Link
+    e: Tensor
+    said: dict[str, Any] | str = ""
 
 
 @dataclass
@@ -76,7 +86,7 @@ def smooth_block(
     """Move factors into the linears `asked`, in place.
 
     module: the block with its original weights. groups: all of `trace`. hidden, calls: the micro-batches that enter it.
-    Costs one forward of each micro-batch, and of the first about two more for every link.
+    Costs one forward of each micro-batch, and three more of the first, or if a guess is wrong about one for every link.
     """
     result = Smoothed(dict.fromkeys(asked, "nothing before it commutes with factors"))
     plain, candidates = _candidates(block, module, groups, hidden[0], calls[0], asked, storage, result.records)
@@ -84,30 +94,52 @@ def smooth_block(
     def same_bits() -> bool:
         return torch.equal(plain, first_tensor(module(hidden[0], *calls[0].args, **calls[0].kwargs)))
 
-    if candidates and not same_bits():
+    generator = torch.Generator().manual_seed(0)
+
+    def holds(links: Sequence[Link]) -> bool:
+        return _holds(links, module, storage, same_bits, generator)
+
+    firsts = [tries[0] for tries in candidates if tries]
+    if firsts and holds([link for links in firsts for link in links]):  # one forward for all of them
+        held = firsts
+    elif firsts and not same_bits():
         result.records |= dict.fromkeys(asked, "two forwards of the block differ, so nothing can be verified")
         return result
-    generator = torch.Generator().manual_seed(0)
-    first = (next((t for t in tries if _holds(t, module, storage, same_bits, generator)), None) for tries in candidates)
-    held = [links for links in first if links]
+    else:
+        held = [links for links in (next(filter(holds, tries), None) for tries in candidates) if links]
     seen = profiles(module, hidden, calls, [link.seen for links in held for link in links]) if held else {}
+
+    moves: list[list[_Move]] = []
     for links in held:
-        moved = [(link, *_factors(link, module, asked, seen, storage)) for link in links]
-        for link, e, _ in moved:
-            _multiply(module, link, e)
-        if exact := same_bits():
-            for link, e, _ in moved:
-                _note(result.factors, module, link, e)
-        else:
-            for link, e, _ in moved:
-                _multiply(module, link, -e)
-        for link, _, record in moved:
-            what: dict[str, Any] | str = record
-            if isinstance(record, dict):
-                where = f"{block.name}.{link.maker}"
-                what = {"from": where, **record} if exact else f"factors from {where} changed the block's output"
-            result.records |= {name: what for name in link.readers if name in asked}
+        moves.append([_Move(link, *_factors(link, module, asked, seen, storage)) for link in links])
+        _multiply(module, moves[-1])
+    if held and not same_bits():
+        moves = _one_by_one(module, moves, storage, same_bits)
+    for m in (m for move in moves for m in move):
+        said = {"from": f"{block.name}.{m.link.maker}", **m.said} if isinstance(m.said, dict) else m.said
+        result.records |= {name: said for name in m.link.readers if name in asked}
+        if bool(m.e.any()):
+            for key, _, s in _scales(module, m.link, m.e):
+                result.factors.setdefault(key, []).append(s)
     return result
+
+
+def _one_by_one(
+    module: nn.Module, moves: Sequence[Sequence[_Move]], storage: Storage, same_bits: Callable[[], bool]
+) -> list[list[_Move]]:
+    """What becomes of `moves`, which are in place and together change the output: each is tried alone on top of those
+    that do not."""
+    for move in reversed(moves):
+        _multiply(module, move, back=True)
+    out = []
+    for move in moves:
+        kept = [replace(m, e=_exact(module, m.link, m.e, storage)) for m in move]
+        _multiply(module, kept)
+        if not same_bits():
+            _multiply(module, kept, back=True)
+            kept = [replace(m, e=torch.zeros_like(m.e)) for m in kept]
+        out.append([m if bool(m.e.any()) or isinstance(m.said, str) else replace(m, said=_INEXACT) for m in kept])
+    return out
 
 
 def _candidates(
@@ -226,14 +258,11 @@ def _scales(module: nn.Module, link: Link, e: Tensor) -> Iterator[tuple[str, nn.
         yield key, p, s.view(-1, *[1] * (p.ndim - 1)) if dim == 0 else s
 
 
-def _multiply(module: nn.Module, link: Link, e: Tensor) -> None:
-    for _, p, s in _scales(module, link, e):
-        p.mul_(s.to(p.dtype))
-
-
-def _note(factors: dict[str, list[Tensor]], module: nn.Module, link: Link, e: Tensor) -> None:
-    for key, _, s in _scales(module, link, e):
-        factors.setdefault(key, []).append(s)
+def _multiply(module: nn.Module, moves: Sequence[_Move], back: bool = False) -> None:
+    """Put factors in place, or take them back in the opposite order: a tensor may be part of several links."""
+    for move in reversed(moves) if back else moves:
+        for _, p, s in _scales(module, move.link, -move.e if back else move.e):
+            p.mul_(s.to(p.dtype))
 
 
 def _exact(module: nn.Module, link: Link, e: Tensor, storage: Storage) -> Tensor:
@@ -259,15 +288,15 @@ def _holds(
     generator: torch.Generator,
 ) -> bool:
     """Whether arbitrary factors on every channel leave the block's output as it was."""
-    tried = []
+    tried: list[_Move] = []
     for link in links:
         size = torch.randint(1, 3, (link.size,), generator=generator)
         sign = 1 - 2 * torch.randint(0, 2, (link.size,), generator=generator)
-        tried.append((link, _exact(module, link, (size * sign).float().to(link.channel.device), storage)))
-        _multiply(module, *tried[-1])
+        e = (size * sign).float().to(link.channel.device)
+        tried.append(_Move(link, _exact(module, link, e, storage)))
+        _multiply(module, tried[-1:])
     same = same_bits()
-    for link, e in tried:
-        _multiply(module, link, -e)
+    _multiply(module, tried, back=True)
     return same
 
 
@@ -287,7 +316,7 @@ def _factors(
         return none, "no factors round better than none"
     e = _exact(module, link, chosen.exponents, storage)
     if not bool(e.any()):
-        return none, "its tensors cannot hold the factors exactly"
+        return none, _INEXACT
     return e, {
         "alpha": chosen.alpha,
         "channels": int((e != 0).sum()),
