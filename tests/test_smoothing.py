@@ -18,7 +18,8 @@ from torch import nn
 from bitwright.algorithms.smooth import ALPHAS, LIMIT, Factors
 from bitwright.calibrate import smoothing
 from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, readers, trace
-from bitwright.calibrate.smoothing import Link, Smoothed, _exact, smooth_block
+from bitwright.calibrate.links import Link
+from bitwright.calibrate.smoothing import Smoothed, _exact, smooth_block
 from bitwright.errors import BitwrightError
 from bitwright.models.discover import discover
 from bitwright.models.experts import unfuse
