@@ -147,6 +147,7 @@ def make_record(
         "quantized_weights": sum(e.linear.numel for e in plan.entries.values()),
         "parameters": source.structure.parameters,
         "fallbacks": sum("fallback" in r for r in layers.values()),
+        "smoothing": _smoothing(layers),
         "format": plan.format.NAME,
         "portability": list(plan.portability),
         "notes": list(plan.notes),
@@ -154,6 +155,23 @@ def make_record(
         "options": {name: _plain(e.options) for name, e in _distinct(plan).items()},
         "layers": layers,
         "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
+    }
+
+
+def _smoothing(layers: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Totals over the links of `calibrate.smoothing`: how many modules gave factors away (one entry each, whoever
+    reads it), channels that moved, and the range of exponents; None if no linear asked for factors."""
+    asked = [r["smooth"] for r in layers.values() if "smooth" in r]
+    by = {what["from"]: what for what in asked if isinstance(what, dict)}
+    if not asked:
+        return None
+    bounds = [e for what in by.values() for e in what["exponents"]]
+    return {
+        "inputs": len(by),
+        "linears": sum(isinstance(what, dict) for what in asked),
+        "linears_without": sum(isinstance(what, str) for what in asked),
+        "channels": sum(what["channels"] for what in by.values()),
+        "exponents": [min(bounds), max(bounds)] if bounds else [0, 0],
     }
 
 
@@ -238,12 +256,15 @@ def write_folder(
     with folder.final(overwrite) as final:
         outside: dict[str, Any] = {}
         with ShardWriter(final) as writer:
+            written: set[str] = set()
             for index in range(blocks):
                 report("write", index, blocks, "")
                 for name, tensor in folder.part(index)[0].items():
                     writer.add(name, tensor)
+                    written.add(name)
             outside = _write_outside(source, plan, writer)
-            for name in source.kept_tensors(plan.entries):
+            # Smoothing changes some of those (norms, biases): a block's part then has them as they became.
+            for name in (n for n in source.kept_tensors(plan.entries) if n not in written):
                 writer.add(name, _stored(name, source.checkpoint.get(name), source, plan.dtype))
         record["layers"] |= outside
         for file in companion_files(source.folder):

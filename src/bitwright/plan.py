@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitwright.algorithms import finequant
 from bitwright.algorithms.gptq import GPTQOptions
 from bitwright.algorithms.quik import SAME, QUIKOptions, SparseGPTOptions, check_columns
+from bitwright.algorithms.smooth import ALPHAS
 from bitwright.errors import RecipeError, SchemeError
 from bitwright.formats import Format, choose, portability
 from bitwright.formats.portability import FUSED
@@ -35,6 +36,14 @@ class Entry:
     algorithm: str
     options: Any
     reason: str
+
+    @property
+    def smoothing(self) -> tuple[float, ...]:
+        """The alphas to choose from for factors between this matrix and its input; empty: no factors."""
+        asked = getattr(self.options, "smooth", None)
+        if not asked or not _smoothable(self.scheme):
+            return ()
+        return ALPHAS if asked == "auto" else (float(asked),)
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ def _entry(x: Linear, assignment: Assignment, hidden: int) -> Entry:
     scheme, algorithm = assignment.scheme, assignment.algorithm
     options = parse[algorithm](dict(assignment.options))
     _check_values(algorithm, options)
-    _check_algorithm(x.name, scheme, algorithm)
+    _check_algorithm(x.name, scheme, algorithm, options)
     reason = assignment.reason
     if isinstance(options, QUIKOptions):
         if x.after_activation and options.after_activation != SAME:
@@ -216,7 +225,7 @@ def _unprotected(structure: Structure, entries: Mapping[str, Entry]) -> tuple[st
     )
 
 
-def _check_algorithm(name: str, scheme: Scheme, algorithm: str) -> None:
+def _check_algorithm(name: str, scheme: Scheme, algorithm: str, options: Any) -> None:
     """SchemeError for a scheme that the algorithm cannot make."""
     if algorithm == "finequant" and (scheme.activation_bits != UNQUANTIZED_BITS or not scheme.plain):
         raise SchemeError(
@@ -224,12 +233,23 @@ def _check_algorithm(name: str, scheme: Scheme, algorithm: str) -> None:
         )
     if algorithm == "gptq" and not scheme.plain:
         raise SchemeError(f"{name}: gptq makes grids alone, not {scheme}; use quik" + (" or sparsegpt" * scheme.sparse))
+    smooth = getattr(options, "smooth", None)
+    if smooth and smooth != "auto" and not _smoothable(scheme):
+        raise SchemeError(
+            f"{name}: smooth={smooth} moves the range of 8-bit activations into weights, for w8a8 alone and not "
+            f"{scheme}; leave it out"
+        )
     if algorithm == "rtn" and scheme.outliers is not None:
         raise SchemeError(f"{name}: outlier columns ({scheme}) are chosen from calibration text; use quik, not rtn")
     if algorithm == "sparsegpt" and not scheme.sparse:
         raise SchemeError(f"{name}: sparsegpt prunes, and {scheme} keeps every weight; add -24, or use gptq or quik")
     if algorithm == "quik" and not scheme.weight.symmetric:
         raise SchemeError(f"{name}: quik makes symmetric grids, not {scheme}; leave out -asym, or use gptq")
+
+
+def _smoothable(scheme: Scheme) -> bool:
+    """Whether factors between weights and activations have a use and no rival: outliers and rotations do the same."""
+    return scheme.plain and scheme.activation_bits < UNQUANTIZED_BITS
 
 
 def _check_values(algorithm: str, options: Any) -> None:

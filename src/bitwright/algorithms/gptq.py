@@ -32,6 +32,7 @@ from bitwright.scheme import WeightScheme
 
 ActOrder = bool | Literal["group"]
 Weighting = Literal["none", "hessian", "inverse"]
+Smooth = float | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class GPTQOptions:
     (None: one up to 3 bits, where it pays, none above); passes: coordinate-descent passes in each. target_strength:
     0..1, the asymmetric target (above 0 calibration runs a second, full-precision stream). sink_weight: what the first
     token of a sequence weighs in H; every later token attends to it, so its error counts many times. true_sequential:
-    whether linears of a block are calibrated on inputs made by quantized predecessors (the pipeline's business)."""
+    whether linears of a block are calibrated on inputs made by quantized predecessors (the pipeline's business).
+    smooth: alpha of the factors that move the range of 8-bit activations into weights (smooth.py; the pipeline's
+    business too), above 0 up to 1; "auto": searched for each input of plain w8a8; 0 or None: off."""
 
     damp_percent: float = 0.01
     shrinkage: float = 0.05
@@ -57,8 +60,13 @@ class GPTQOptions:
     target_strength: float = 0.5
     sink_weight: float = 16.0
     true_sequential: bool = True
+    smooth: Smooth = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.smooth, int | float) and not 0 <= self.smooth <= 1:
+            raise SchemeError(
+                f"{self._method()} option smooth={self.smooth} is no share; use a number from 0 (off) to 1, or auto"
+            )
         if self.block_size == 0:
             raise SchemeError("gptq option block_size=0 updates nothing; use 1 or more, 128 is usual")
         if self.act_order is True and not self.static_groups:
@@ -73,9 +81,12 @@ class GPTQOptions:
         known = {f.name for f in fields(cls)}
         for name in options:
             if name not in known:
-                method = cls.__name__.removesuffix("Options").lower()
-                raise SchemeError(f"unknown {method} option {name!r}; known: {', '.join(sorted(known))}")
+                raise SchemeError(f"unknown {cls._method()} option {name!r}; known: {', '.join(sorted(known))}")
         return cls(**options)
+
+    @classmethod
+    def _method(cls) -> str:
+        return cls.__name__.removesuffix("Options").lower()
 
 
 @dataclass(frozen=True)

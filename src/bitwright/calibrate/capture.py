@@ -136,6 +136,41 @@ def observing(block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
             handle.remove()
 
 
+@torch.no_grad()
+def readers(
+    block: nn.Module, hidden: Tensor, call: Call, makers: Iterable[str], takers: Iterable[str]
+) -> tuple[Tensor, dict[str, list[str]]]:
+    """The block's output, and for each of the submodules `makers` those of `takers` whose first argument is its output
+    (or a view of that), by one forward."""
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors too: storage that was let go may be another's soon
+    found: dict[str, list[str]] = {}
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                made[output.untyped_storage().data_ptr()] = name, output
+                found.setdefault(name, [])
+
+        return hook
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                maker, _ = made.get(args[0].untyped_storage().data_ptr(), (None, None))
+                if maker is not None and name not in found[maker]:
+                    found[maker].append(name)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_hook(after(name)) for name in makers]
+    handles += [block.get_submodule(name).register_forward_pre_hook(before(name)) for name in takers]
+    try:
+        return first_tensor(block(hidden, *call.args, **call.kwargs)), found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def first_tensor(output: Any) -> Tensor:
     """The hidden states of a block's output, which is a tensor or a tuple that begins with it."""
     if isinstance(output, Tensor):

@@ -158,6 +158,12 @@ def _record_for_people(record: Mapping[str, Any]) -> dict[str, Any]:
         }
         if record.get("notes"):
             shown["notes"] = "; ".join(record["notes"])
+        if moved := record.get("smoothing"):
+            low, high = moved["exponents"]
+            shown["smoothing"] = (
+                f"{moved['channels']} channels of {moved['inputs']} inputs, by 2^{low} to 2^{high}; "
+                f"{moved['linears_without']} matrices without"
+            )
         fallbacks = [(name, {"reason": x["fallback"]}) for name, x in layers.items() if "fallback" in x]
         if fallbacks:
             shown["fallbacks"] = [{"name": name, **reason} for name, reason in fallbacks]

@@ -163,6 +163,16 @@ class SourceModel:
                 return list(names)
         raise StructureError(f"the model has no parameter {key!r}")
 
+    def own_tensor(self, key: str) -> str | None:
+        """The tensor on disk that is the parameter `key` (experts unfused) and nothing else; None if several make it,
+        or it is tied to another."""
+        if key in self._expert_keys:
+            return self._expert_keys[key]
+        group = self.weights.groups.get(key)
+        if group is None or group.converter is not None or len(group.names) != 1 or self._aliases.get(key):
+            return None
+        return group.names[0]
+
     def kept_tensors(self, quantized: Iterable[str]) -> list[str]:
         """Sorted names of the tensors on disk to copy unchanged when the modules `quantized` (module paths as in
         `Linear.name`, or the embedding or head) write their weights themselves.
