@@ -165,7 +165,7 @@ def families(rows: Sequence[Row]) -> str:
 def quik(rows: Sequence[Row]) -> str:
     """Quantized activations on SmolLM2, and its outlier columns without them; nothing pruned."""
     ours = [row for row in rows if row.model.startswith("SmolLM2") and "-24" not in row.config.scheme]
-    return _of_kind(ours, lambda row: _split(row) and not row.config.scheme.endswith(".toml"))
+    return _of_kind(ours, _split)
 
 
 def sparse(rows: Sequence[Row]) -> str:
