@@ -8,6 +8,7 @@ become bytes in registers, and those of activations are bytes in memory.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -87,9 +88,9 @@ class Int8Weight(Implementation):
         return cls(problem, tensor, share(tensor.split))
 
     @classmethod
+    @abstractmethod
     def _code_bits(cls, problem: Problem) -> float:
         """Bits of memory that all codes take."""
-        raise NotImplementedError
 
     @classmethod
     def _bits(cls, problem: Problem) -> float:
@@ -98,13 +99,13 @@ class Int8Weight(Implementation):
         Op = -(-outlier_columns(problem) // OUTLIER_STEP) * OUTLIER_STEP
         return (cls._code_bits(problem) + N * (64 + 16 * Op)) / (N * K)
 
+    @abstractmethod
     def _codes(self, index: Tensor | None) -> Tensor:
         """Codes int8 [n, B] of rows `index`, or of all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(self, q: Quantized, bias: Tensor | None = None) -> Tensor:
         """[M, N] of an input that `quantizer` quantized."""
-        raise NotImplementedError
 
     def without_outliers(self) -> Self:
         """The product of the base columns alone, over the same memory."""
