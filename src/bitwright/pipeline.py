@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from bitwright.calibrate.capture import Call, Group, block_calls, first_tensor, sharing, trace
 from bitwright.calibrate.memory import fits_one_pass, parse_bytes
 from bitwright.calibrate.simulate import SimulatedLinear
-from bitwright.calibrate.smoothing import smooth_block
 from bitwright.calibrate.stream import Needs, Statistics, Streams, run_block
 from bitwright.devices import choose_device
 from bitwright.errors import CalibrationError, CheckpointError, OutputError, RecipeError
@@ -33,6 +32,7 @@ from bitwright.plan import Entry, Plan, make_plan
 from bitwright.qtensor import QuantizedTensor
 from bitwright.recipe import CALIBRATED, Recipe
 from bitwright.run_folder import RunFolder
+from bitwright.smoothing import smooth
 from bitwright.solve import choose_splits, install, replace_module, solve_data_free, solve_group
 from bitwright.split import InputSplit, SplitTensor
 
@@ -211,7 +211,7 @@ class _Done:
         self.records[entry.linear.name] = record
 
     def note_smoothing(self, smoothed: Mapping[str, Any]) -> None:
-        """Add to the records, by linear, what `smooth_block` says of it."""
+        """Add to the records, by linear, what `smooth` says of it."""
         for name, what in smoothed.items():
             self.records[name]["smooth"] = what
 
@@ -273,7 +273,9 @@ def _one_block(
         if layout not in known:
             known[layout] = trace(original, streams.quantized[0], calls[0], local, routed)
         groups = _calibrated_groups(known[layout], block, plan)
-    smoothed = _smooth(source, original, block, plan, known[layout], streams.quantized, calls, done, clock)
+    with clock.phase("smooth"):
+        smoothed, moved = smooth(source, original, block, plan, known[layout], streams.quantized, calls)
+    done.tensors |= moved
     module = _copy_as_stored(source, original, block, plan)
     with clock.phase("profile"):
         local_entries = {n: plan.entries[f"{block.name}.{n}"] for group in groups for n in group.names}
@@ -300,41 +302,6 @@ def _one_block(
     source.release(block.name)
     done.note_smoothing(smoothed)
     return done
-
-
-def _smooth(
-    source: SourceModel,
-    original: nn.Module,
-    block: Block,
-    plan: Plan,
-    groups: Sequence[Group],
-    hidden: Sequence[Tensor],
-    calls: Sequence[Call],
-    done: _Done,
-    clock: Clock,
-) -> dict[str, Any]:
-    """Move factors into the linears that ask for them. The block computes what it did, and so do both streams; what
-    changes of the tensors that are not quantized (norms, biases) goes to `done`. Returns the records by linear."""
-    local = {x.name: x.name.removeprefix(f"{block.name}.") for x in block.all_linears if x.name in plan.entries}
-    entries = {short: plan.entries[name] for name, short in local.items() if plan.entries[name].smoothing}
-    if not entries:
-        return {}
-    with clock.phase("smooth"):
-        storage: dict[str, torch.dtype | None] = {f"{short}.weight": None for short in local.values()}
-        disk: dict[str, str] = {}
-        for key, _ in original.named_parameters():
-            name = source.own_tensor(f"{block.name}.{key}")
-            if key not in storage and name is not None:
-                storage[key], disk[key] = stored_dtype(source, name, plan.dtype), name
-        asked = {short: (e.smoothing, e.scheme.weight) for short, e in entries.items()}
-        smoothed = smooth_block(block, original, groups, hidden, calls, asked, storage)
-        for key, factors in smoothed.factors.items():
-            if key in disk:
-                value = source.checkpoint.get(disk[key]).float()
-                for factor in factors:
-                    value = value * factor.cpu()
-                done.tensors[disk[key]] = value.to(storage[key])
-        return {entries[short].linear.name: what for short, what in smoothed.records.items()}
 
 
 def _enter(

@@ -15,7 +15,7 @@ from torch import Tensor
 from bitwright.errors import SchemeError
 from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.triton.config import Config, expert_config, max_tiles
-from bitwright.kernels.triton.gemm import accumulate, arrive, check, has_asm, machine, on_device, order, store
+from bitwright.kernels.triton.gemm import accumulate, arrive, check, has_asm, machine, on_device, order, share, store
 from bitwright.kernels.workspace import zeros
 
 
@@ -88,13 +88,7 @@ def experts_kernel(
         if zero is not None:
             zero += of_scale
         steps = tl.cdiv(K, BK)
-        if SPLIT:
-            share = tl.cdiv(steps, tl.num_programs(1))
-            first = tl.program_id(1) * share
-            last = tl.minimum(first + share, steps)
-        else:
-            first = 0
-            last = steps
+        first, last = share(steps, SPLIT)
         acc = accumulate(
             x, rows, words + block * PER_BLOCK, plane + block * 32, scale + of_scale, zero, n * (BN // 16), N, K,
             first, last, BITS, GROUP, BN, BM, BK, False, EVEN, ASM,

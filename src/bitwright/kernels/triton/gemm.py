@@ -176,6 +176,19 @@ def order(program, down, across, SPAN: tl.constexpr):
     return stripe * SPAN + inside % height, inside // height
 
 
+@triton.jit
+def share(steps, SPLIT: tl.constexpr):
+    """(first, last): which of a tile's steps this program takes. SPLIT: the grid's second axis shares them."""
+    if SPLIT:
+        each = tl.cdiv(steps, tl.num_programs(1))
+        first = tl.minimum(tl.program_id(1) * each, steps)
+        last = tl.minimum(first + each, steps)
+    else:
+        first = 0
+        last = steps
+    return first, last
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x, words, plane, scale, zero, bias, out, partial, arrived, M, N, K,
@@ -188,13 +201,7 @@ def linear_kernel(
     row = m * BM + tl.arange(0, BM)
     rows = tl.minimum(row, M - 1).to(tl.int64)
     steps = tl.cdiv(K, BK)
-    if SPLIT:
-        share = tl.cdiv(steps, tl.num_programs(1))
-        first = tl.program_id(1) * share
-        last = tl.minimum(first + share, steps)
-    else:
-        first = 0
-        last = steps
+    first, last = share(steps, SPLIT)
     acc = accumulate(
         x, rows, words, plane, scale, zero, block_row, N, K, first, last, BITS, GROUP, BN, BM, BK, STREAM, EVEN, ASM
     )
