@@ -4,6 +4,7 @@
 #     scripts/gpu_check.sh              # records go to benchmarks/gpu.jsonl, what was printed to benchmarks/gpu_check.log
 #     OUT=/tmp/run scripts/gpu_check.sh # ... to /tmp/run
 #     PARTS="tests kernels" scripts/gpu_check.sh
+#     PARTS="tests quik" TESTS="test_int8 test_split_cuda" scripts/gpu_check.sh
 #
 # Runs from the source, installs nothing, and needs no network. A part that fails or runs out of its time does not stop
 # the others; the exit code is then 1 and the last lines say which it was. Tests that time nothing run side by side, one
@@ -119,7 +120,7 @@ if wanted tests; then
     names=() running=()
     for file in tests/gpu/test_*.py; do
         name="$(basename "$file" .py)"
-        [[ "$name" == test_timing ]] && continue
+        [[ "$name" == test_timing || " ${TESTS:-$name} " != *" $name "* ]] && continue
         tested "$name" $tests_limit &
         names+=("$name") running+=($!)
     done

@@ -37,7 +37,8 @@ class Compressed:
     cuSPARSELt's algorithms differ in speed (sums of 16-bit values also in the order of additions). The best one is
     looked for at the first call of a size, powers of two apart, by trying them all, which takes up to seconds; so
     matrices of one shape share what was found. Not while a graph is captured or a program traced: these take the
-    default where nothing was found before.
+    default where nothing was found before. Nor for float16: one of the candidates for a product written by tokens is an
+    illegal instruction on an H100 (cuSPARSELt 0.8.0), after which the process has no GPU.
     """
 
     def __init__(self, dense: Tensor) -> None:
@@ -76,6 +77,8 @@ class Compressed:
         return pad(tokens, (0, wanted - width, 0, -M % _STEP)).contiguous().t()
 
     def _algorithm(self, right: Tensor, transposed: bool) -> int:
+        if self.dtype == torch.float16:
+            return 0
         bucket = min(right.shape[1] - 1, _LARGEST_BUCKET).bit_length()
         problem = right.device, self.shape, self.dtype, transposed, bucket
         found = _algorithms.get(problem)

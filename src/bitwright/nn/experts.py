@@ -138,6 +138,11 @@ class StackedWeight:
     dtype: torch.dtype
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything held in memory."""
+        return self.fragments.tensors
+
+    @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
         return self.fragments.nbytes

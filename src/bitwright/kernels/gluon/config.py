@@ -98,14 +98,15 @@ class Division:
 def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
     """Equal shares of the work for every program.
 
-    Full rounds of tiles go out whole. What remains after them, together with the last full round, is cut into equal
-    runs of steps, which costs a partial result written and read for each cut.
+    Tiles go out whole where their rounds keep the programs busy. Otherwise what remains after full rounds, together
+    with the last of these, is cut into equal runs of steps, which costs a partial result written and read for each cut,
+    and programs that walk along K at different places share less of what is in L2.
     """
     tiles = -(-M // config.BM) * -(-N // config.BN)
     nk = -(-K // config.BK)
     programs = processors * config.PER
     rounds, rest = divmod(tiles, programs)
-    if rest == 0 or rest > _FULL * programs:
+    if rest == 0 or tiles > _FULL * (rounds + 1) * programs:
         return Division(min(programs, tiles), tiles, 1, 0, 0)
     whole = max(rounds - 1, 0) * programs
     units = (tiles - whole) * nk
@@ -137,13 +138,12 @@ def choose(
     processors: int,
 ) -> Config:
     """The configuration for a problem, from measurements on one H100 (dev/LOG.md)."""
-    tiles = _decode(N * K) if M <= 32 else _middle(M) if M <= 128 else None
-    if tiles is None:
-        one_wave = -(-M // 128) * -(-N // 128)
-        if one_wave <= processors and one_wave > _FULL * processors:
-            tiles = _NARROW
-        else:
-            tiles = _WIDE if M > 1024 or -(-M // 256) * 2 == -(-M // 128) else _TALL
+    if M <= 128:
+        tiles = _decode(N * K) if M <= 32 else _middle(M, N * K)
+    elif -(-M // 128) * -(-N // 128) <= processors:
+        tiles = _NARROW
+    else:
+        tiles = _WIDE if M > 1024 or -(-M // 256) * 2 == -(-M // 128) else _TALL
     return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
 
 
@@ -153,7 +153,7 @@ def choose_experts(
 ) -> Config:
     """The configuration of a grouped product of T rows over E experts, for an even load."""
     M = -(-T // E)
-    tiles = _STREAM if M <= 32 else _middle(M) if M <= 128 else _TALL
+    tiles = _STREAM if M <= 32 else _middle(M, E * N * K) if M <= 128 else _TALL
     config = _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, False)
     return replace(config, EXPERTS=max(32, 1 << (E - 1).bit_length()), STACK=E)
 
@@ -162,12 +162,14 @@ def choose_experts(
 # holds the tokens. A small weight takes half of each processor, so that the next launch begins beside it.
 _SMALL = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 80, "PER": 1}
 _STREAM = {**_SMALL, "PER": 2}
-_SOME = {"NWG": 1, "KWG": 1, "REST": 1, "BM": None, "BK": 128, "NS": 5, "REGISTERS": 160, "MAXNREG": 128, "PER": 2}
+_SOME = {**_SMALL, "NS": 10, "REGISTERS": 160, "MAXNREG": 128}
+_MORE = {**_SMALL, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96}
 _NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168, "PER": 1}
 _WIDE = {**_NARROW, "BM": 256, "BK": 64, "NS": 5, "REGISTERS": 232}
 _TALL = {**_NARROW, "REST": 2, "REGISTERS": 232}
 _SMALL_WEIGHT = 24 << 20  # numbers in a weight
-_FULL = 0.93  # share of the programs that a round of whole tiles must keep busy
+_SOME_WEIGHT = 80 << 20
+_FULL = 0.96  # share of the time that programs must be busy with whole tiles
 PIECE = 32  # tokens that go to memory through shared memory at a time
 
 
@@ -175,8 +177,8 @@ def _decode(weights: int) -> dict[str, Any]:
     return _SMALL if weights <= _SMALL_WEIGHT else _STREAM
 
 
-def _middle(M: int) -> dict[str, Any]:
-    return _SOME if M <= 64 else _NARROW
+def _middle(M: int, weights: int) -> dict[str, Any]:
+    return _NARROW if M > 64 else _SOME if weights <= _SOME_WEIGHT else _MORE
 
 
 def _finish(
