@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 import re
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -266,50 +264,36 @@ def test_ptx_gives_the_weights_bit_for_bit(bits: int, kind: str, asymmetric: boo
                 assert half == found or (half | found) == 0x8000, (lane, call, i)
 
 
-def compiled(c: Config, folder: Path) -> tuple[str, str, int]:
-    """(PTX, what ptxas says, spilled bytes) of a configuration for sm_90."""
-    from triton.backends.compiler import GPUTarget
+def compiled(c: Config, folder: Path) -> tuple[str, str, int, int]:
+    """What `hopper.assemble` gives of a configuration."""
+    from hopper import assemble, tensor
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     from bitwright.kernels.gluon.kernel import fragment_gemm
 
     words, blocks = fragments.WORDS[c.BITS], c.BK // 64
-    layout = gl.NVMMASharedLayout(0, 32, 2), gl.NVMMASharedLayout(0, 16, 2), gl.NVMMASharedLayout(128, 16, 2)
-
-    def descriptor(dtype: str, shape: list[int], which: int) -> str:
-        return f"tensordesc<{dtype}[{', '.join(map(str, shape))}],{layout[which]!r}>"
-
+    packed, row, tokens = (
+        gl.NVMMASharedLayout(0, 32, 2),
+        gl.NVMMASharedLayout(0, 16, 2),
+        gl.NVMMASharedLayout(128, 16, 2),
+    )
     written = [min(c.BM, 32), 64 * c.REST] if c.TMA_OUT else [c.BM, c.BK]
     signature = {
-        "words0_desc": descriptor("i32", [c.BN // 16, blocks * words[0]], 0),
-        "words1_desc": descriptor("i32", [c.BN // 16, blocks * words[-1]], 0),
-        "x_desc": descriptor(c.KIND, [c.BM, c.BK], 2),
-        "scale_desc": descriptor(c.KIND, [c.GROUPS, c.BN], 1),
-        "zero_desc": descriptor(c.KIND, [c.GROUPS, c.BN], 1),
-        "out_desc": descriptor(c.KIND, written, 2),
+        "words0_desc": tensor("i32", [c.BN // 16, blocks * words[0]], packed),
+        "words1_desc": tensor("i32", [c.BN // 16, blocks * words[-1]], packed),
+        "x_desc": tensor(c.KIND, [c.BM, c.BK], tokens),
+        "scale_desc": tensor(c.KIND, [c.GROUPS, c.BN], row),
+        "zero_desc": tensor(c.KIND, [c.GROUPS, c.BN], row),
+        "out_desc": tensor(c.KIND, written, tokens),
         "out": f"*{c.KIND}",
         "bias": f"*{c.KIND}",
         "partial": "*fp32",
         "counters": "*i32",
         "offsets": "*i32",
         **{name: "i32" for name in ("M", "N", "K", "blocks", "groups", "tiles_whole", "per")},
-        "C": "constexpr",
-        "num_warps": "constexpr",
     }
-    names = list(signature)
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in ("out", "bias", "partial", "counters", "N", "K")}
-    constants: dict[tuple[int], Any] = {(names.index("C"),): c, (names.index("num_warps"),): 4}
-    source = GluonASTSource(fragment_gemm, signature, constants, aligned)
-    options = {"num_warps": 4, "launch_pdl": True, "maxnreg": c.MAXNREG}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [ptxas, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = re.search(r"(\d+) bytes spill stores", said)
-    assert spilled is not None
-    return ptx, said, int(spilled[1])
+    aligned = ("out", "bias", "partial", "counters", "N", "K")
+    return assemble(fragment_gemm, signature, c, aligned, {"launch_pdl": True, "maxnreg": c.MAXNREG}, folder)
 
 
 HOT = (
@@ -339,7 +323,7 @@ HOT = (
 @known
 @pytest.mark.parametrize("c", HOT, ids=lambda c: f"w{c.BITS}-{c.BM}x{c.BN}x{c.BK}{'-experts' * bool(c.EXPERTS)}")
 def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
-    ptx, said, spilled = compiled(c, tmp_path)
+    ptx, said, spilled, _ = compiled(c, tmp_path)
     # A few numbers kept aside between tiles cost nothing; in the loop it would be hundreds of bytes.
     assert spilled <= 32
     # A warning of this family says that the products of a step no longer run beside the making of the next operand.

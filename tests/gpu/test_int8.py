@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
 from bitwright.kernels import int8_fragments
 from bitwright.kernels.int8_fragments import MAX_COLUMNS
 from bitwright.kernels.int8_ops import int8_finish, int8_linear
+from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
 from bitwright.kernels.triton import int8
 from bitwright.kernels.triton.config import Config
 from gpu import cases, int8_cases
@@ -50,14 +52,22 @@ TILES += [
     Config(128, 128, 128, 8, 3, 3),
 ]
 FINISHES = [Case(M=3, N=40), Case(M=300, N=1000, O=40, bias=True), Case(8, 8, M=70, N=70, O=16, dtype=torch.float16)]
+HOPPER_TILES = [(128, 2, 3, 16), (128, 2, 6, 2), (256, 1, 3, 16), (64, 2, 4, 1)]  # BM, REST, NS, GM
+# What `int8_linear` would choose, and both kernels at any number of tokens.
+KERNELS = {"chosen": int8_linear, "triton": int8.linear}
+if {HOPPER, GLUON} <= cuda_features():
+    hopper = import_module("bitwright.kernels.gluon.int8")
+    KERNELS["gluon"] = hopper.linear
 SHARED_K = Case(4, 4, N=512, B=4096, O=32, bias=True, exact=False)  # few tiles: several programs share each
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Every kernel compiled once, in threads; what fails here fails again below."""
-    work = [partial(int8_cases.check, int8_linear, case) for case in EXACT + RANDOM]
+    work = [partial(int8_cases.check, kernel, case) for kernel in KERNELS.values() for case in EXACT + RANDOM]
     work += [partial(check_tiles, tiles, bits) for tiles in TILES for bits in (4, 8)]
+    if "gluon" in KERNELS:
+        work += [partial(check_hopper_tiles, tiles, bits) for tiles in HOPPER_TILES for bits in (4, 8)]
 
     def attempt(job: partial[None]) -> None:
         with suppress(Exception):
@@ -77,9 +87,28 @@ def check_tiles(tiles: Config, bits: int) -> None:
     int8_cases.check(partial(int8.linear, tiles=tiles), Case(bits, bits, M=150, N=300, B=900, O=40, bias=True))
 
 
+def check_hopper_tiles(tiles: tuple[int, int, int, int], bits: int) -> None:
+    """Over several rounds of tiles on few programs: N, M and the last step ragged."""
+    BM, REST, NS, GM = tiles
+    for M, O in ((150, 40), (700, 0)):
+        case = Case(bits, bits, M=M, N=5300, B=900, O=O, bias=True)
+        c = hopper.choose(case.M, case.N, -(-O // 16) * 16, bits, case.bias, 132)
+        c = replace(c, BM=BM, REST=REST, GM=GM, NS=2)
+        c = replace(c, NS=min(NS, c.stages_that_fit))
+        int8_cases.check(partial(hopper.linear, config=c), case)
+
+
 @pytest.mark.parametrize("case", EXACT + RANDOM, ids=str)
-def test_against_the_cpu(case: Case, poison: None) -> None:
-    int8_cases.check(int8_linear, case)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_against_the_cpu(kernel: str, case: Case, poison: None) -> None:
+    int8_cases.check(KERNELS[kernel], case)
+
+
+@pytest.mark.skipif("gluon" not in KERNELS, reason="the Gluon kernel needs a Hopper GPU and a Triton that it knows")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tiles", HOPPER_TILES, ids=str)
+def test_every_hopper_tile(tiles: tuple[int, int, int, int], bits: int, poison: None) -> None:
+    check_hopper_tiles(tiles, bits)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -130,7 +159,7 @@ def on_gpu(case: Case, seed: int = 0) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("M", [1, 17, 64, 100, 300])
+@pytest.mark.parametrize("M", [1, 17, 64, 100, 1500])
 def test_repeats(M: int, bits: int) -> None:
     given = on_gpu(replace(SHARED_K, M=M, bits=bits, activation_bits=bits))
     first = int8_linear(*given)

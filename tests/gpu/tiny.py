@@ -57,6 +57,9 @@ def main() -> None:
     for problem in INT8_CASES:
         int8_cases.check(int8.linear, problem)
         ran += 1
+        if "gluon" in kernels:
+            int8_cases.check(import_module("bitwright.kernels.gluon.int8").linear, problem)
+            ran += 1
     int8_cases.check_finish(int8.finish, INT8_CASES[0])
     ran += 1
     torch.cuda.synchronize()

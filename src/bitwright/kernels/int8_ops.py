@@ -21,9 +21,11 @@ from bitwright.kernels import int8_fragments
 from bitwright.kernels.fragments import COLUMNS, ROWS
 from bitwright.kernels.int8_fragments import BYTES, MAX_COLUMNS, padded
 from bitwright.kernels.ops import define
+from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
 
 _DTYPES = (torch.bfloat16, torch.float16)  # of what goes in and out on CUDA
 OUTLIER_STEP = 16  # outliers are padded to a multiple: what one instruction takes of them
+FEW_TOKENS = 64  # up to which the Triton kernel multiplies on every GPU; beyond, Hopper has a kernel of its own
 
 
 def _cpu_linear(
@@ -63,10 +65,12 @@ def _cuda_linear(
     B: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from bitwright.kernels.triton.int8 import linear
-
     _check(codes, weight, bits, N, B)
     _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
+    if codes.shape[0] > FEW_TOKENS and {HOPPER, GLUON} <= cuda_features(codes.device):
+        from bitwright.kernels.gluon.int8 import linear
+    else:
+        from bitwright.kernels.triton.int8 import linear
     return linear(
         codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, bits, N, B, dtype
     )

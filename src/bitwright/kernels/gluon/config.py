@@ -11,7 +11,7 @@ import torch
 
 from bitwright.kernels.gluon.asm import dequantize_asm
 
-_SHARED_MEMORY = 225 << 10  # bytes a program may use on Hopper, less what the compiler adds
+SHARED_MEMORY = 225 << 10  # bytes a program may use on Hopper, less what the compiler adds
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Config:
         stage = words + self.BM * self.BK * 2 + self.BN * self.GROUPS * (4 if self.ASYM else 2) + 16
         given = self.NWG // self.KWG * (self.KWG - 1) * 64 * self.REST * self.BM * 4
         written = self.NWG * 64 * self.REST * min(self.BM, PIECE) * 2
-        return (_SHARED_MEMORY // self.PER - given - written) // stage
+        return (SHARED_MEMORY // self.PER - given - written) // stage
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _join4(a, b, c, d):
 
 
 @gluon.jit
-def _join8(a, b, c, d, e, f, g, h):
+def join8(a, b, c, d, e, f, g, h):
     return gl.join(_join4(a, b, c, d), _join4(e, f, g, h))
 
 
@@ -139,22 +139,22 @@ def operand(words0, words1, scale, zero, C: gl.constexpr, OPERAND: gl.constexpr)
             o = gl.inline_asm_elementwise(ASM, CONS, [words0, t0, t1], TYPES, True, 1)
     # Output 2 f + e; joining adds the bits of that number as dimensions, lowest first.
     if BITS == 4:
-        w = _join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])
+        w = join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])
         w = w.reshape([REST, 4, KB, 8, 4, 2, 2, 2, 2, 2]).permute((0, 1, 8, 3, 2, 5, 6, 9, 4, 7))
     elif BITS == 2:
         w = gl.join(
-            _join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]),
-            _join8(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]),
+            join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]),
+            join8(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]),
         )
         w = w.reshape([REST, 4, KB, 8, 4, 2, 2, 2, 2, 2]).permute((0, 1, 7, 3, 2, 5, 9, 8, 4, 6))
     elif BITS == 3:
         lower = gl.join(
-            _join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]),
-            _join8(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]),
+            join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]),
+            join8(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]),
         )
         upper = gl.join(
-            _join8(o[16], o[17], o[18], o[19], o[20], o[21], o[22], o[23]),
-            _join8(o[24], o[25], o[26], o[27], o[28], o[29], o[30], o[31]),
+            join8(o[16], o[17], o[18], o[19], o[20], o[21], o[22], o[23]),
+            join8(o[24], o[25], o[26], o[27], o[28], o[29], o[30], o[31]),
         )
         w = gl.join(lower, upper).reshape([REST, 4, KB, 8, 4, 2, 2, 2, 2, 2]).permute((0, 1, 6, 3, 2, 9, 8, 7, 4, 5))
     else:

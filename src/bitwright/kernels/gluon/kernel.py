@@ -13,7 +13,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -24,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from bitwright.kernels.gluon.fragment import load_rows, operand, word_layout
 from bitwright.kernels.gluon.sums import gather, settle
 from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
+from bitwright.kernels.gluon.write import write
 
 
 @gluon.jit(do_not_specialize=["M", "K", "blocks", "groups", "tiles_whole", "per"])
@@ -97,9 +97,8 @@ def fragment_gemm(
     use = (buffers, full, empty, output, bias, partial, counters, problem, division)
     descriptors = (words0_desc, words1_desc, x_desc, scale_desc, zero_desc)
     load = (descriptors, buffers, full, empty, problem, division, (blocks, groups))
-    if C.NWG == 1:
-        gl.warp_specialize([(_consume, (use, 0, C)), (_produce, (load, C))], [1], [24])
-    elif C.NWG == 2:
+    gl.static_assert(C.NWG > 1, "one warpgroup loses results, see dev/LOG.md")
+    if C.NWG == 2:
         gl.warp_specialize(
             [(_consume, (use, 0, C)), (_consume, (use, 1, C)), (_produce, (load, C))], [4, 1], [C.REGISTERS, 24]
         )
@@ -224,7 +223,7 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
             if not done:
                 done, acc = settle(acc, partial, counters, tile - tiles_whole, k1 == nk, nk, per, PART, C)
             if done:
-                _write(acc, out, out_desc, stages.index(PART), bias, m0, n0, rm, rn, end, N, C)
+                write(acc, out, out_desc, stages.index(PART), bias, m0, n0, rm, rn, end, N, C)
     if C.TMA_OUT:
         tma.store_wait(0)
 
@@ -253,44 +252,3 @@ def _operand(
     if C.ASYM:
         zero = load_rows(zeros.index(s), WG, BLOCKS)
     return operand(w0, w1, scale, zero, C, OPERAND)
-
-
-@gluon.jit
-def _write(acc, out, out_desc, stage, bias, m0, n0, rm, rn, end, N, C: gl.constexpr):
-    """Sums [rows, tokens] plus bias, rounded once, to out [tokens up to `end`, N]: by TMA, or from registers."""
-    n = n0 + rn
-    if C.BIAS:
-        acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-    y = acc.to(out.dtype.element_ty)
-    if C.TMA_OUT:
-        # 16 bytes of a row are what a warp's registers hold together; shared memory makes long rows of them.
-        if C.EXPERTS == 0 or m0 + C.BM <= end:
-            _write_pieces(y, out_desc, stage, m0, n0)
-        else:
-            _write_registers(y, out, m0 + rm, n, end, N)
-    else:
-        _write_registers(y, out, m0 + rm, n, end, N)
-
-
-@gluon.jit
-def _write_registers(y, out, m, n, end, N):
-    valid = (m < end)[None, :] & (n < N)[:, None]
-    gl.store(out + m.to(gl.int64)[None, :] * N + n[:, None], y, mask=valid)
-
-
-@gluon.jit
-def _write_pieces(y, out_desc, stage, m0, n0):
-    """Token by token piece: as many tokens as the buffer [tokens, rows] holds."""
-    PIECE: gl.constexpr = stage.shape[0]
-    if y.shape[1] > PIECE:
-        HALF: gl.constexpr = y.shape[1] // 2
-        low, high = gl.split(y.reshape([y.shape[0], 2, HALF]).permute((0, 2, 1)))
-        _write_pieces(low, out_desc, stage, m0, n0)
-        _write_pieces(high, out_desc, stage, m0 + HALF, n0)
-    else:
-        tma.store_wait(0)
-        gl.thread_barrier()
-        stage.permute((1, 0)).store(y)
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [m0, n0], stage)
