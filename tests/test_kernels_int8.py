@@ -21,6 +21,7 @@ from bitwright.kernels.int8_fragments import MAX_COLUMNS, padded
 
 triton = pytest.importorskip("triton")
 
+import sass  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -215,6 +216,9 @@ def test_hopper(c: Config, bits: int, tmp_path: Path) -> None:
     said = done.stderr + done.stdout
     assert [int(n) for n in re.findall(r"(\d+) bytes spill", said)] == [0, 0], said
     assert "wgmma" not in said, said  # it would warn of products made one after the other
+    text = sass.disassembled(made.asm["cubin"], tmp_path)
+    assert len(sass.loops(text)) == 2  # base columns and outliers
+    assert not sass.overwritten(text)
 
 
 def test_the_end_alone_compiles() -> None:

@@ -137,7 +137,20 @@ def accumulate(
             acc += tl.dot(tile.to(tl.float32), t.to(tl.float32), input_precision="ieee")
         else:
             acc = tl.dot(tile, t, acc)
+            if ASM:
+                acc = finished(acc)
     return acc
+
+
+@triton.jit
+def finished(acc):
+    """acc, by no instruction: a use of a sum before the loop goes on makes Triton wait for the products in it.
+
+    On Hopper a product runs on while it reads its left operand from registers, which PTX forbids to change until a
+    wait (`wgmma.mma_async`). Left to itself, Triton 3.6 waits for the products of one step within the next, after that
+    has begun to unpack its weights into the same registers.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
 
 
 @triton.jit
