@@ -50,6 +50,7 @@ TILES += [
     Config(128, 128, 128, 8, 3, 3),
 ]
 FINISHES = [Case(M=3, N=40), Case(M=300, N=1000, O=40, bias=True), Case(8, 8, M=70, N=70, O=16, dtype=torch.float16)]
+FINISHES += [Case(M=M, N=1000, O=256, bias=True) for M in (1, 17, 33, 65, 1000)]
 SHARED_K = Case(4, 4, N=512, B=4096, O=32, bias=True, exact=False)  # few tiles: several programs share each
 
 

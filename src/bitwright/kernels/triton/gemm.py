@@ -171,13 +171,13 @@ def arrive(acc, partial, arrived, tile, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def store(acc, out, rows, valid, bias, block_row, N, BN: tl.constexpr):
-    """Round acc [BN, BM], plus the bias, into rows of out [.., N] where valid."""
+def store(acc, out, rows, valid, bias, block_row, N, stride, BN: tl.constexpr):
+    """Round acc [BN, BM], plus the bias, into rows of out [.., N], `stride` apart, where valid."""
     n = block_row * 16 + tl.arange(0, BN)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y = rounded(acc, out.dtype.element_ty)
-    tl.store(out + rows[None, :] * N + n[:, None], y, mask=(n < N)[:, None] & valid[None, :])
+    tl.store(out + rows[None, :] * stride + n[:, None], y, mask=(n < N)[:, None] & valid[None, :])
 
 
 @triton.jit
@@ -221,6 +221,6 @@ def linear_kernel(
     if SPLIT:
         complete, acc = arrive(acc, partial, arrived, tl.program_id(0), BN, BM)
         if complete:
-            store(acc, out, rows, row < M, bias, block_row, N, BN)
+            store(acc, out, rows, row < M, bias, block_row, N, N, BN)
     else:
-        store(acc, out, rows, row < M, bias, block_row, N, BN)
+        store(acc, out, rows, row < M, bias, block_row, N, N, BN)
