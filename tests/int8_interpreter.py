@@ -74,6 +74,8 @@ def ends() -> dict[str, Callable[[], None]]:
         Case(M=70, N=65, O=16, bias=True),
         Case(activation_bits=8, bits=8, M=2, N=70, B=64, O=40, dtype=FP16),
         Case(M=0, N=16),
+        Case(M=20, N=70, B=64, O=130, bias=True),
+        Case(M=130, N=150, B=64, O=80),
     ):
         checks[f"finish {case}"] = partial(int8_cases.check_finish, int8.finish, case, "cpu")
     return checks

@@ -21,12 +21,13 @@ from bitwright.kernels.int8_fragments import MAX_COLUMNS, padded
 
 triton = pytest.importorskip("triton")
 
+import sass  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bitwright.kernels.triton import int8  # noqa: E402
 from bitwright.kernels.triton.config import Config, shared_memory  # noqa: E402
-from bitwright.kernels.triton.int8_config import choose, outlier_step  # noqa: E402
+from bitwright.kernels.triton.int8_config import choose, choose_end, outlier_step  # noqa: E402
 
 HOPPER = (9, 0)
 PROCESSORS = 132
@@ -134,7 +135,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "close", "finish"])
 def test_in_the_interpreter(kind: str) -> None:
-    assert_checks("int8_interpreter", kind, {"linear": 23, "close": 3, "finish": 4}[kind])
+    assert_checks("int8_interpreter", kind, {"linear": 23, "close": 3, "finish": 6}[kind])
 
 
 def test_ptx_gives_sixteen_times_each_code() -> None:
@@ -175,10 +176,18 @@ def build(kernel: Any, types: dict[str, str], values: dict[str, Any], warps: int
         kernel,
         {n: types.get(n, "constexpr") for n in names},
         {(names.index(n),): values.get(n) for n in names if n not in types},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in ("M", "stride")},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in types if n != "M"},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def assembled(ptx: str, folder: Path) -> str:
+    """What ptxas says about a kernel."""
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stderr + done.stdout
 
 
 def every_choice() -> list[tuple[Config, int]]:
@@ -209,21 +218,31 @@ def test_hopper(c: Config, bits: int, tmp_path: Path) -> None:
     # Outliers go on top of the registers that hold the sum, and no product is fused with a sum before them.
     assert re.search(r"wgmma\.mma_async\S+\.f32\.bf16\.bf16", ptx)
     assert "fma.rn.f32" not in ptx and "mul.rn.f32" in ptx
-    (tmp_path / "kernel.ptx").write_text(ptx)
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    said = done.stderr + done.stdout
+    said = assembled(ptx, tmp_path)
     assert [int(n) for n in re.findall(r"(\d+) bytes spill", said)] == [0, 0], said
     assert "wgmma" not in said, said  # it would warn of products made one after the other
+    text = sass.disassembled(made.asm["cubin"], tmp_path)
+    assert len(sass.loops(text)) == 2  # base columns and outliers
+    assert not sass.overwritten(text)
 
 
-def test_the_end_alone_compiles() -> None:
-    types = {name: "i32" for name in ("M", "N", "O", "stride")} | {"sums": "*i32", "zero": "*i32", "row_sums": "*i32"}
+@pytest.mark.parametrize("M", [1, 32, 64, 2048])
+def test_the_end_alone_compiles(M: int, tmp_path: Path) -> None:
+    integers = ("M", "N", "O", "columns", "sums_stride", "out_stride")
+    types = {name: "i32" for name in integers} | {"sums": "*i32", "zero": "*i32", "row_sums": "*i32"}
     types |= {"scale": "*fp32", "weight_scale": "*fp32"}
     types |= {n: "*fp16" for n in ("outliers", "weight_outliers", "out")}
-    made = build(int8.finish_kernel, types, {"BN": 64, "BM": 64, "OK": 32}, 4, 3, 90)
-    assert "fma.rn.f32" not in made.asm["ptx"]
-    assert re.search(r"wgmma\.mma_async\S+\.f32\.f16\.f16", made.asm["ptx"])
+    c = choose_end(M, 8192, 256)
+    made = build(int8.finish_kernel, types, {"BN": c.BN, "BM": c.BM, "OK": c.BK}, c.warps, c.stages, 90)
+    ptx = made.asm["ptx"]
+    assert "fma.rn.f32" not in ptx
+    assert re.search(r"wgmma\.mma_async\S+\.f32\.f16\.f16", ptx)
+    assert "ld.global.v4.b32" in ptx, "sums are loaded one by one"
+    assert 2 * made.metadata.shared <= shared_memory(HOPPER)
+    said = assembled(ptx, tmp_path)
+    assert [int(n) for n in re.findall(r"(\d+) bytes spill", said)] == [0, 0], said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) * 32 * c.warps * 2 <= 65536, said
+    assert not sass.overwritten(sass.disassembled(made.asm["cubin"], tmp_path))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -17,6 +17,7 @@ from interpreted import assert_checks
 
 triton = pytest.importorskip("triton")
 
+import sass  # noqa: E402
 from gpu import cases  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -93,9 +94,35 @@ def test_hopper_multiplies_from_registers(bits: int, M: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("M", [1, 32, 64, 256, 2048])
+def test_weights_stay_until_they_are_multiplied(bits: int, M: int, tmp_path: Path) -> None:
+    made = compiled(gemm.linear_kernel, 90, config(M, 8192, 8192, bits, (9, 0), 132), bits, 128, zero=bits == 3)
+    text = sass.disassembled(made.asm["cubin"], tmp_path)
+    assert len(sass.loops(text)) == 1
+    assert not sass.overwritten(text)
+
+
+def test_what_changes_too_early_is_found() -> None:
+    loop = """
+.L_x_0:
+        /*0000*/                   MOV R8, R2 ;
+        /*0010*/                   HGMMA.64x8x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;
+        /*0020*/                   HGMMA.64x8x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/                   IMAD.WIDE R6, R0, 0x2, R10 ;
+        /*0050*/              @!P0 BRA `(.L_x_0) ;
+"""
+    assert sass.overwritten(loop) == ["MOV R8, R2"]
+    assert not sass.overwritten(loop.replace("0x1 ", "0x0 "))
+    assert sass.overwritten(loop.replace("R6, R0", "R10, R0")) == ["MOV R8, R2", "IMAD.WIDE R10, R0, 0x2, R10"]
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_hopper_experts(bits: int, tmp_path: Path) -> None:
     tiles = expert_config(16, 8, 4096, 4096, bits, (9, 0), 132)
-    ptx = compiled(experts.experts_kernel, 90, tiles, bits, 32, zero=bits == 2, dtype="fp16").asm["ptx"]
+    made = compiled(experts.experts_kernel, 90, tiles, bits, 32, zero=bits == 2, dtype="fp16")
+    ptx = made.asm["ptx"]
+    assert not sass.overwritten(sass.disassembled(made.asm["cubin"], tmp_path))
     assert "st.shared" not in loop_of(ptx)
     assert spills(ptx, "sm_90a", tmp_path) == [0, 0]
 

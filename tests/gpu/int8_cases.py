@@ -96,13 +96,16 @@ def operands(case: Case, seed: int = 0) -> tuple[Any, ...]:
 
 
 def finish_operands(case: Case, seed: int = 0) -> tuple[Any, ...]:
-    """Arguments of `int8_finish` on the CPU: sums of more rows and columns than are asked for."""
+    """Arguments of `int8_finish` on the CPU: a slab of a longer output, sums of more rows and columns than wanted."""
     codes, scale, zero, outliers, _, weight_scale, row_sums, weight_outliers, bias, _, N, _, dtype = operands(
         case, seed
     )
     limit = 1 << (20 if case.O else 30)
     sums = torch.randint(-limit, limit, (N + 5, len(codes) + 27), generator=torch.Generator().manual_seed(seed + 1))
-    return sums.to(torch.int32), scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, dtype
+    out = torch.full((len(codes), N + 48), torch.nan, dtype=dtype)[:, 16 : N + 16]
+    if not len(codes):
+        out = torch.empty(0, N, dtype=dtype)  # opcheck cannot copy a view of nothing
+    return out, sums.to(torch.int32), scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias
 
 
 def on(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
@@ -121,7 +124,13 @@ def check(linear: Linear, case: Case, device: str = "cuda") -> None:
 
 def check_finish(finish: Linear, case: Case, device: str = "cuda") -> None:
     given = finish_operands(case)
-    compare(finish(*on(given, device)), int8_finish(*given), case)
+    around = torch.full((case.M + 1, case.N + 48), torch.nan, dtype=case.dtype, device=device)
+    out = around[: case.M, 16 : case.N + 16]
+    finish(out, *on(given[1:], device))
+    int8_finish(*given)
+    compare(out, given[0], case)
+    out.fill_(torch.nan)
+    assert around.isnan().all(), "written beside the slab"
 
 
 def compare(y: Tensor, expected: Tensor, case: Case) -> None:

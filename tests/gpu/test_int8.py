@@ -58,6 +58,7 @@ KERNELS = {"chosen": int8_linear, "triton": int8.linear}
 if {HOPPER, GLUON} <= cuda_features():
     hopper = import_module("bitwright.kernels.gluon.int8")
     KERNELS["gluon"] = hopper.linear
+FINISHES += [Case(M=M, N=1000, O=256, bias=True) for M in (1, 17, 33, 65, 1000)]
 SHARED_K = Case(4, 4, N=512, B=4096, O=32, bias=True, exact=False)  # few tiles: several programs share each
 
 

@@ -65,6 +65,24 @@ def test_against_the_reference(kind: type[Int8Weight], text: str, dtype: torch.d
         cases.assert_equal(with_bias, (expected + bias.float()).to(dtype), f"{kind.NAME} {text} with a bias")
 
 
+@pytest.mark.parametrize("M", [0, 1, 64, 65, 300, 1000])
+@pytest.mark.parametrize("text", SPARSE)
+def test_slabs_and_pieces(text: str, M: int, poison: None) -> None:
+    """Three slabs of rows, tokens in pieces of 256: the bits of the weight in one slab, tokens in one piece."""
+    if CUSPARSELT not in cuda_features():
+        pytest.skip("this torch brings no cuSPARSELt")
+    rows = 1000
+    tensor = random_split_tensor(rows, K, text, shuffled=True)
+    moved = tensor.to("cuda")
+    given = Problem.of(moved, tensor.scheme, torch.bfloat16, "cuda"), moved, PlainInput(moved.split)
+    whole, cut = SplitSparse(*given), SplitSparse(*given, most_rows=384, most_sums=384 * 256)
+    x, bias = activations(M, torch.bfloat16).cuda(), torch.randn(rows).bfloat16().cuda()
+    assert torch.equal(cut.linear(x, bias), whole.linear(x, bias))
+    assert torch.equal(cut.dequantize(), moved.dequantize())
+    if M:
+        cases.check_graph(cut, x, [activations(M, torch.bfloat16, seed).cuda() for seed in (1, 2)])
+
+
 @pytest.mark.parametrize(("kind", "text"), KINDS)
 def test_weights_come_back(kind: type[Int8Weight], text: str) -> None:
     packed, tensor = prepared(kind, text, torch.bfloat16)

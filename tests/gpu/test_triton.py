@@ -90,6 +90,12 @@ def test_exact(case: Case, poison: None) -> None:
     cases.check_exact(gemm.linear, case)
 
 
+@pytest.mark.parametrize("M", [16, 64, 256, 2048])
+def test_exact_where_products_follow_each_other_fast(M: int) -> None:
+    """Many steps on tiles of every size: weights that change while they are multiplied come out wrong only here."""
+    cases.check_exact(gemm.linear, Case(4, 128, M=M, N=8192, K=8192))
+
+
 @pytest.mark.parametrize("case", ONE_HOT, ids=str)
 def test_one_hot(case: Case, poison: None) -> None:
     cases.check_one_hot(gemm.linear, case)

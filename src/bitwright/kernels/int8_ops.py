@@ -47,7 +47,9 @@ def _cpu_linear(
     unpacked = int8_fragments.unpack(weight, N, B) if bits == 4 else weight[:, :B]
     # float64 holds every one of these integers exactly.
     sums = unpacked.to(torch.float64) @ codes[:, :B].to(torch.float64).t()
-    return _cpu_finish(sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, dtype)
+    out = torch.empty(codes.shape[0], N, dtype=dtype)
+    _cpu_finish(out, sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias)
+    return out
 
 
 def _cuda_linear(
@@ -95,6 +97,7 @@ def _fake_linear(
 
 
 def _cpu_finish(
+    out: Tensor,
     sums: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -103,8 +106,7 @@ def _cpu_finish(
     row_sums: Tensor,
     weight_outliers: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+) -> None:
     M, N = scale.shape[0], weight_scale.shape[0]
     exact = sums[:N, :M].t().to(torch.float64) - zero.to(torch.float64)[:, None] * row_sums.to(torch.float64)
     y = exact.to(torch.float32) * scale[:, None] * weight_scale
@@ -112,10 +114,11 @@ def _cpu_finish(
         y = y + outliers.to(torch.float32) @ weight_outliers.to(torch.float32).t()
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return y.to(dtype).contiguous()
+    out.copy_(y)
 
 
 def _cuda_finish(
+    out: Tensor,
     sums: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -124,21 +127,25 @@ def _cuda_finish(
     row_sums: Tensor,
     weight_outliers: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+) -> None:
     from bitwright.kernels.triton.int8 import finish
 
     M, N = scale.shape[0], weight_scale.shape[0]
-    _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, M, N, dtype)
+    _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, M, N, out.dtype)
+    if tuple(out.shape) != (M, N) or (M > 0 and N > 1 and out.stride(1) != 1):
+        raise SchemeError(
+            f"out is {list(out.shape)} with strides {out.stride()}; rows of [{M}, {N}] are needed, each contiguous"
+        )
     if sums.dtype != torch.int32 or sums.ndim != 2 or sums.shape[0] < N or sums.shape[1] < M or sums.stride(1) != 1:
         raise SchemeError(
             f"sums are {sums.dtype} {list(sums.shape)} with strides {sums.stride()}; int32 rows of [{N}, {M}] are "
             "needed, or more of them"
         )
-    return finish(sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, dtype)
+    finish(out, sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias)
 
 
 def _fake_finish(
+    out: Tensor,
     sums: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -147,9 +154,8 @@ def _fake_finish(
     row_sums: Tensor,
     weight_outliers: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return scale.new_empty(scale.shape[0], weight_scale.shape[0], dtype=dtype)
+) -> None:
+    return None
 
 
 def _check(codes: Tensor, weight: Tensor, bits: int, N: int, B: int) -> None:
@@ -214,10 +220,11 @@ int8_linear = define(
     _fake_linear,
 )
 
-# sums int32 [at least N, at least M]: products of codes made by somebody else -> [M, N]
+# out [M, N], columns contiguous, becomes the result, in its dtype, of sums int32 [at least N, at least M]: products of
+# codes made by somebody else. Rows of out may be parts of longer ones: a weight can be multiplied in slabs of its rows.
 int8_finish = define(
     "int8_finish",
-    f"(Tensor sums, Tensor scale, Tensor zero, Tensor outliers, {_REST}, ScalarType dtype) -> Tensor",
+    f"(Tensor(a!) out, Tensor sums, Tensor scale, Tensor zero, Tensor outliers, {_REST}) -> ()",
     _cpu_finish,
     _cuda_finish,
     _fake_finish,

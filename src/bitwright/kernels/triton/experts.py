@@ -96,6 +96,6 @@ def experts_kernel(
         if SPLIT:
             complete, acc = arrive(acc, partial, arrived, tl.program_id(0), BN, BM)
             if complete:
-                store(acc, out, rows, row < end, None, n * (BN // 16), N, BN)
+                store(acc, out, rows, row < end, None, n * (BN // 16), N, N, BN)
         else:
-            store(acc, out, rows, row < end, None, n * (BN // 16), N, BN)
+            store(acc, out, rows, row < end, None, n * (BN // 16), N, N, BN)

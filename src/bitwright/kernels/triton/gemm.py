@@ -137,7 +137,20 @@ def accumulate(
             acc += tl.dot(tile.to(tl.float32), t.to(tl.float32), input_precision="ieee")
         else:
             acc = tl.dot(tile, t, acc)
+            if ASM:
+                acc = finished(acc)
     return acc
+
+
+@triton.jit
+def finished(acc):
+    """acc, by no instruction: a use of a sum before the loop goes on makes Triton wait for the products in it.
+
+    On Hopper a product runs on while it reads its left operand from registers, which PTX forbids to change until a
+    wait (`wgmma.mma_async`). Left to itself, Triton 3.6 waits for the products of one step within the next, after that
+    has begun to unpack its weights into the same registers.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
 
 
 @triton.jit
@@ -158,13 +171,13 @@ def arrive(acc, partial, arrived, tile, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def store(acc, out, rows, valid, bias, block_row, N, BN: tl.constexpr):
-    """Round acc [BN, BM], plus the bias, into rows of out [.., N] where valid."""
+def store(acc, out, rows, valid, bias, block_row, N, stride, BN: tl.constexpr):
+    """Round acc [BN, BM], plus the bias, into rows of out [.., N], `stride` apart, where valid."""
     n = block_row * 16 + tl.arange(0, BN)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y = rounded(acc, out.dtype.element_ty)
-    tl.store(out + rows[None, :] * N + n[:, None], y, mask=(n < N)[:, None] & valid[None, :])
+    tl.store(out + rows[None, :] * stride + n[:, None], y, mask=(n < N)[:, None] & valid[None, :])
 
 
 @triton.jit
@@ -208,6 +221,6 @@ def linear_kernel(
     if SPLIT:
         complete, acc = arrive(acc, partial, arrived, tl.program_id(0), BN, BM)
         if complete:
-            store(acc, out, rows, row < M, bias, block_row, N, BN)
+            store(acc, out, rows, row < M, bias, block_row, N, N, BN)
     else:
-        store(acc, out, rows, row < M, bias, block_row, N, BN)
+        store(acc, out, rows, row < M, bias, block_row, N, N, BN)

@@ -21,10 +21,9 @@ from torch import Tensor
 from bitwright.kernels.triton.config import Config
 from bitwright.kernels.triton.fragment import INTERPRET
 from bitwright.kernels.triton.gemm import machine, on_device, order, store
-from bitwright.kernels.triton.int8_config import choose, outlier_step
+from bitwright.kernels.triton.int8_config import choose, choose_end, outlier_step
 from bitwright.kernels.workspace import zeros
 
-_FINISH_BN, _FINISH_BM = 64, 64  # tile of `finish_kernel`
 # Four bytes in a register: what the compiler makes of single ones takes three times as many instructions.
 SIXTEENFOLD = tl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }")
 
@@ -70,6 +69,7 @@ def linear(
 
 
 def finish(
+    out: Tensor,
     sums: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -78,22 +78,23 @@ def finish(
     row_sums: Tensor,
     weight_outliers: Tensor,
     bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[M, N] in `dtype` of sums int32 [at least N, at least M], rows contiguous, that another product made."""
-    M, N, device = scale.shape[0], weight_scale.shape[0], sums.device
-    out = torch.empty(M, N, dtype=dtype, device=device)
+    tiles: Config | None = None,
+) -> None:
+    """out [M, N], columns contiguous, of sums int32 [at least N, at least M], likewise, that another product made.
+
+    tiles: instead of what `choose_end` gives.
+    """
+    (M, N), O = out.shape, outliers.shape[1]
     if M == 0 or N == 0:
-        return out
-    O = outliers.shape[1]
-    grid = triton.cdiv(N, _FINISH_BN) * triton.cdiv(M, _FINISH_BM)
-    with on_device(device):
+        return
+    c = tiles or choose_end(M, N, O)
+    grid = triton.cdiv(N, c.BN) * triton.cdiv(M, c.BM)
+    with on_device(out.device):
         finish_kernel[(grid,)](
-            sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, out, M, N, O, sums.stride(0),
-            BN=_FINISH_BN, BM=_FINISH_BM, OK=outlier_step(O, _FINISH_BM),
-            num_warps=4, num_stages=3, enable_fp_fusion=False,
+            sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, out, M, N, O,
+            sums.shape[1], sums.stride(0), out.stride(0), BN=c.BN, BM=c.BM, OK=c.BK if O else 0,
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -221,7 +222,7 @@ def int8_kernel(
                 for i in range(base // share, tl.cdiv(steps, share)):
                     y += tl.load(outlier_sums + parts + i * (BN * BM) + at, cache_modifier=".cg")
             tl.store(arrived + tile, 0)
-            store(y, out, rows, row < M, bias, block_row, N, BN)
+            store(y, out, rows, row < M, bias, block_row, N, N, BN)
     else:
         acc = products(codes, rows, weight, block_row, N, Bp, 0, base, BITS, BN, BM, BK, STREAM)
         if BITS == 4:
@@ -229,21 +230,24 @@ def int8_kernel(
         y = scaled(acc, scale, zero, weight_scale, row_sums, rows, n)
         if OK > 0:
             y = add_outliers(y, outliers, weight_outliers, rows, n, O, 0, steps - base, OK)
-        store(y, out, rows, row < M, bias, block_row, N, BN)
+        store(y, out, rows, row < M, bias, block_row, N, N, BN)
 
 
-@triton.jit(do_not_specialize=["M", "stride"])
+@triton.jit(do_not_specialize=["M"])
 def finish_kernel(
-    sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, out, M, N, O, stride,
+    sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, out, M, N, O,
+    columns, sums_stride, out_stride,
     BN: tl.constexpr, BM: tl.constexpr, OK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of [N, M]. sums int32 [N, stride]."""
+    """Grid: tiles of [N, M]. sums int32 [N or more, columns], M of them or more."""
     m, tile_n = order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), 16)
     row = m * BM + tl.arange(0, BM)
     rows = tl.minimum(row, M - 1).to(tl.int64)
     n = tl.minimum(tile_n * BN + tl.arange(0, BN), N - 1)
-    acc = tl.load(sums + n.to(tl.int64)[:, None] * stride + rows[None, :])
+    # Up to the padding that is there, not to M: a bound of 16 or 32 tokens at a time lets a lane load several at once.
+    at = sums + n.to(tl.int64)[:, None] * sums_stride + row[None, :]
+    acc = tl.load(at, mask=(row < columns)[None, :], other=0)
     y = scaled(acc, scale, zero, weight_scale, row_sums, rows, n)
     if OK > 0:
         y = add_outliers(y, outliers, weight_outliers, rows, n, O, 0, tl.cdiv(O, OK), OK)
-    store(y, out, rows, row < M, bias, tile_n * (BN // 16), N, BN)
+    store(y, out, rows, row < M, bias, tile_n * (BN // 16), N, out_stride, BN)

@@ -32,6 +32,20 @@ def choose(M: int, N: int, B: int, O: int, bits: int, capability: tuple[int, int
     return Config(BN, BM, BK, 4 if BN == 64 else 8, _stages(BN, BM, bits, capability), split)
 
 
+@lru_cache(maxsize=4096)
+def choose_end(M: int, N: int, O: int) -> Config:
+    """Tiles for the end alone, of sums [N, M] that another product made; BK: outliers a step.
+
+    Few tokens: the outlier columns of the weight are most of what is read, so many of them are on their way at once.
+    Many: a larger tile reads both operands of the outliers' product less often.
+    """
+    BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
+    if BM == 128:
+        return Config(128, BM, 64 if O > 32 else max(16, outlier_step(O, BM)), 8, 3)
+    widest = 128 if BM <= 32 else 64
+    return Config(64, BM, next(step for step in (16, 32, 64, 128) if step >= min(O, widest)), 4, 3)
+
+
 def outlier_step(O: int, BM: int) -> int:
     """Outlier columns that one step of the second product takes, 0 if there are none.
 
