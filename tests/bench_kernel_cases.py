@@ -67,6 +67,13 @@ def silu_mul(dtype: torch.dtype, device: str) -> None:
         close(elementwise_kernels.silu_mul(x), elementwise.silu_mul_reference(x), 2)
 
 
+def relu(dtype: torch.dtype, device: str) -> None:
+    for M, inner in ((1, 40), (3, 1500)):
+        x = normal(M, inner, dtype=dtype, device=device)
+        x[0, 7] = float("nan")
+        torch.testing.assert_close(elementwise_kernels.relu(x), torch.relu(x), rtol=0, atol=0, equal_nan=True)
+
+
 def experts(dtype: torch.dtype, device: str) -> None:
     """route, combine and the kernel for few rows."""
     for M, E, top_k in ((1, 8, 2), (5, 8, 2), (37, 6, 3), (64, 4, 4)):
@@ -105,4 +112,4 @@ def decode_attention(dtype: torch.dtype, device: str) -> None:
             assert not counters.any()
 
 
-CASES = (add_norm, rope_cache, silu_mul, experts, decode_attention)
+CASES = (add_norm, rope_cache, silu_mul, relu, experts, decode_attention)

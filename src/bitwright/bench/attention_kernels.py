@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitwright.bench import dependent
+from bitwright.bench.dependent import release, wait
+
 
 @triton.jit
 def _merge(
@@ -71,7 +74,10 @@ def _decode(
     KEYS: tl.constexpr,
     MERGE_ROWS: tl.constexpr,  # R padded to a power of two
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release(PDL)
+    wait(PDL)  # caches, partial results and counters are all of kernels before this one
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     length = tl.minimum(tl.load(positions + pair // KV).to(tl.int32) + 1, S)
@@ -141,5 +147,6 @@ def decode(
         CHUNK=min(triton.next_power_of_2(splits), max(1, 8192 // (merge_rows * D))),  # 64 registers a thread
         num_warps=4,
         num_stages=3,
+        **dependent.options(q.device),
     )
     return out

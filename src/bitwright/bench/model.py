@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from bitwright.bench import attention
-from bitwright.bench.elementwise import add_norm, rope_cache, rope_tables, silu_mul
+from bitwright.bench.elementwise import add_norm, relu, rope_cache, rope_tables, silu_mul
 from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear, RoundedLinear
 from bitwright.bench.routing import combine, route
 from bitwright.bench.schemes import linear_scheme
@@ -356,4 +356,4 @@ def _norm(shape: ModelShape, maker: Maker) -> Norm:
 
 
 def _activate(y: Tensor, gated: bool) -> Tensor:
-    return silu_mul(y) if gated else torch.relu(y)
+    return silu_mul(y) if gated else relu(y)
