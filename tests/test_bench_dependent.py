@@ -35,10 +35,12 @@ ROPE = {
     "S": "i32",
 }
 DECODE = {
-    "q": "*bf16",
+    "qkv": "*bf16",
+    "cos": "*fp32",
+    "sin": "*fp32",
+    "positions": "*i32",
     "keys": "*bf16",
     "values": "*bf16",
-    "positions": "*i32",
     "out": "*bf16",
     "partial": "*fp32",
     "stats": "*fp32",
@@ -50,7 +52,7 @@ ROUTE = {"logits": "*bf16", "offsets": "*i32", "tokens": "*i32", "places": "*i32
 COMBINE = {"y": "*bf16", "places": "*i32", "shares": "*fp32", "out": "*bf16", "H": "i32"}
 ROWS = {"x": "*bf16", "offsets": "*i32", "weight": "*bf16", "out": "*bf16", "N": "i32", "K": "i32"}
 
-HEADS = dict(KV=8, R=4, D=128, ROWS=16, KEYS=64, MERGE_ROWS=4, CHUNK=8)
+HEADS = dict(KV=8, R=4, D=128, ROPE=True, ROWS=16, KEYS=64, MERGE_ROWS=4, CHUNK=8)
 # module, kernel, its signature, constants, what it may read before it waits
 KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
     ("elementwise", "_add_norm", NORM, dict(ADD=True, CENTER=True, BIAS=True, BLOCK=4096), {"weight", "bias"}),

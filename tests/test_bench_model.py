@@ -71,10 +71,13 @@ def test_attention_compiles_for_hopper(heads: int, kv: int, splits: int) -> None
 
     from bitwright.bench.attention_kernels import _decode
 
-    pointers = dict.fromkeys(("q", "keys", "values", "out"), "*bf16") | dict.fromkeys(("partial", "stats"), "*fp32")
+    pointers = dict.fromkeys(("qkv", "keys", "values", "out"), "*bf16")
+    pointers |= dict.fromkeys(("cos", "sin", "partial", "stats"), "*fp32")
     signature = pointers | {"positions": "*i32", "counters": "*i32", "scale_log2": "fp32", "S": "i32"}
     group = heads // kv
-    values = dict(KV=kv, R=group, D=128, SPLITS=splits, ROWS=16, KEYS=32, MERGE_ROWS=group, CHUNK=8, PDL=False)
+    values = dict(
+        KV=kv, R=group, D=128, ROPE=True, SPLITS=splits, ROWS=16, KEYS=32, MERGE_ROWS=group, CHUNK=8, PDL=False
+    )
     names = _decode.arg_names
     source = ASTSource(
         fn=_decode,

@@ -12,6 +12,7 @@ import torch
 
 from bitwright.bench import attention, correctness, decode, dependent, fitting, model, prefill, throughput
 from bitwright.bench.correctness import prompts, tiny
+from bitwright.bench.elementwise import rope_tables
 from bitwright.bench.linears import PackedExperts, PackedLinear
 from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.shapes import models
@@ -36,14 +37,18 @@ def test_kernels_equal_their_twins(case: Callable[[torch.dtype, str], None], dty
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (64, 8), (32, 8)])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_decode_attention_at_real_shapes(heads: int, kv_heads: int, batch: int) -> None:
-    q = torch.randn(batch, heads, 128, device="cuda").to(BF16)
+    qkv = torch.randn(batch, (heads + 2 * kv_heads) * 128, device="cuda").to(BF16)
     keys, values = (torch.randn(batch, kv_heads, 2100, 128, device="cuda").to(BF16) for _ in range(2))
     positions = torch.randint(0, 2100, (batch,), dtype=torch.int32, device="cuda")
+    cos, sin = rope_tables(2100, 128, 10000.0, "cuda")
     scratch = attention.workspace(batch, heads, kv_heads, 128, 2100, "cuda")
-    first = attention.decode(q, keys, values, positions, scratch)
-    bench_kernel_cases.close(first, attention.decode_reference(q, keys, values, positions), 4)
+    caches = (keys.clone(), values.clone())
+    first = attention.decode(qkv, cos, sin, positions, keys, values, scratch)
+    bench_kernel_cases.close(first, attention.decode_reference(qkv, cos, sin, positions, *caches), 4)
+    for ours, theirs in zip((keys, values), caches, strict=True):
+        bench_kernel_cases.close(ours, theirs)
     for _ in range(20):  # whoever arrives last merges, always in the same order
-        assert torch.equal(attention.decode(q, keys, values, positions, scratch), first)
+        assert torch.equal(attention.decode(qkv, cos, sin, positions, keys, values, scratch), first)
 
 
 @pytest.mark.parametrize("name", NAMES)
