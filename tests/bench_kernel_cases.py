@@ -67,6 +67,13 @@ def silu_mul(dtype: torch.dtype, device: str) -> None:
         close(elementwise_kernels.silu_mul(x), elementwise.silu_mul_reference(x), 2)
 
 
+def relu(dtype: torch.dtype, device: str) -> None:
+    for M, inner in ((1, 40), (3, 1500)):
+        x = normal(M, inner, dtype=dtype, device=device)
+        x[0, 7] = float("nan")
+        torch.testing.assert_close(elementwise_kernels.relu(x), torch.relu(x), rtol=0, atol=0, equal_nan=True)
+
+
 def experts(dtype: torch.dtype, device: str) -> None:
     """route, combine and the kernel for few rows."""
     for M, E, top_k in ((1, 8, 2), (5, 8, 2), (37, 6, 3), (64, 4, 4)):
@@ -90,19 +97,27 @@ def decode_attention(dtype: torch.dtype, device: str) -> None:
         (6, 2, 32, 100, 5, 16),
         (8, 1, 16, 100, 7, 32),  # more stretches than blocks: some are empty
     ):
-        q = normal(3, heads, D, dtype=dtype, device=device, seed=1)
-        keys, values = (normal(3, kv, S, D, dtype=dtype, device=device, seed=s) for s in (2, 3))
-        positions = torch.tensor([0, 37, S - 1], dtype=torch.int32, device=device)
+        qkv = normal(5, (heads + 2 * kv) * D, dtype=dtype, device=device, seed=1)
+        keys, values = (normal(5, kv, S, D, dtype=dtype, device=device, seed=s) for s in (2, 3))
+        positions = torch.tensor([0, 37, 64, S - 1, S + 3], dtype=torch.int32, device=device)
         for b, p in enumerate(positions.tolist()):  # what is not there yet must not matter
-            keys[b, :, p + 1 :] = values[b, :, p + 1 :] = float("nan")
-        n = 3 * heads * splits
+            keys[b, :, p:] = values[b, :, p:] = float("nan")
+        n = 5 * heads * splits
         partial = torch.full((n, D), float("nan"), device=device)
         stats = torch.full((n, 2), float("nan"), device=device)
-        counters = torch.zeros(3 * kv, dtype=torch.int32, device=device)
-        for _ in range(2):
-            y = attention_kernels.decode(q, keys, values, positions, splits, block, (partial, stats, counters))
-            close(y, attention.decode_reference(q, keys, values, positions), 3)
+        counters = torch.zeros(5 * kv, dtype=torch.int32, device=device)
+        tables = elementwise.rope_tables(S, D, 10000.0, device)
+        for cos, sin in (tables, (None, None), tables):
+            ours, theirs = ((keys.clone(), values.clone()) for _ in range(2))
+            scratch = (partial, stats, counters)
+            y = attention_kernels.decode(qkv, cos, sin, positions, *ours, splits, block, scratch)
+            close(y, attention.decode_reference(qkv, cos, sin, positions, *theirs), 3)
             assert not counters.any()
+            for cache, expected, before in zip(ours, theirs, (keys, values), strict=True):
+                for b, p in enumerate(positions.tolist()):
+                    assert torch.equal(cache[b, :, :p], before[b, :, :p])
+                    assert cache[b, :, p + 1 :].isnan().all()
+                    close(cache[b, :, p : p + 1], expected[b, :, p : p + 1])
 
 
-CASES = (add_norm, rope_cache, silu_mul, experts, decode_attention)
+CASES = (add_norm, rope_cache, silu_mul, relu, experts, decode_attention)

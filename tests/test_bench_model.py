@@ -58,7 +58,7 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["add_norm", "rope_cache", "silu_mul", "experts", "decode_attention"]
+    assert done.stdout.split() == ["add_norm", "rope_cache", "silu_mul", "relu", "experts", "decode_attention"]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -71,10 +71,13 @@ def test_attention_compiles_for_hopper(heads: int, kv: int, splits: int) -> None
 
     from bitwright.bench.attention_kernels import _decode
 
-    pointers = dict.fromkeys(("q", "keys", "values", "out"), "*bf16") | dict.fromkeys(("partial", "stats"), "*fp32")
+    pointers = dict.fromkeys(("qkv", "keys", "values", "out"), "*bf16")
+    pointers |= dict.fromkeys(("cos", "sin", "partial", "stats"), "*fp32")
     signature = pointers | {"positions": "*i32", "counters": "*i32", "scale_log2": "fp32", "S": "i32"}
     group = heads // kv
-    values = dict(KV=kv, R=group, D=128, SPLITS=splits, ROWS=16, KEYS=32, MERGE_ROWS=group, CHUNK=8)
+    values = dict(
+        KV=kv, R=group, D=128, ROPE=True, SPLITS=splits, ROWS=16, KEYS=32, MERGE_ROWS=group, CHUNK=8, PDL=False
+    )
     names = _decode.arg_names
     source = ASTSource(
         fn=_decode,

@@ -14,13 +14,13 @@ from bitwright.kernels import cuda, dispatch, problem
 from bitwright.kernels.cuda import FragmentWeight, GluonWeight, TritonWeight, gemm_above
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
-from bitwright.kernels.problem import CUSPARSELT, GLUON, HOPPER, TRITON, Problem, cuda_features, triton_version
+from bitwright.kernels.problem import CUSPARSELT, GLUON, HOPPER, PDL, TRITON, Problem, cuda_features, triton_version
 from bitwright.kernels.split_cuda import SplitTriton
 from bitwright.nn.linear import QuantLinear
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 
-ALL = frozenset({HOPPER, TRITON, GLUON})
+ALL = frozenset({HOPPER, TRITON, GLUON, PDL})
 SCHEMES = ("w4a16-g64", "w3a16-g32-asym", "w2a16-g128-asym", "w8a16", "w4a16")
 
 
@@ -213,9 +213,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     [
         ((9, 0), "3.6.0", ALL),
         ((9, 0), "3.9.1+git", ALL - {GLUON}),
-        ((9, 0), "unreadable", ALL - {GLUON}),
+        ((9, 0), "3.4.0", frozenset({HOPPER, TRITON})),
+        ((9, 0), "unreadable", frozenset({HOPPER, TRITON})),
         ((8, 0), "3.6.0", frozenset({TRITON, GLUON})),
-        ((10, 0), "3.6.0", frozenset({TRITON, GLUON})),  # Blackwell has no wgmma
+        ((10, 0), "3.6.0", frozenset({TRITON, GLUON, PDL})),  # Blackwell has no wgmma
         ((7, 5), "3.6.0", frozenset()),
         ((9, 0), None, frozenset()),
     ],

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitwright.bench import attention, correctness, decode, fitting, prefill, throughput
+from bitwright.bench import attention, correctness, decode, dependent, fitting, model, prefill, throughput
 from bitwright.bench.correctness import prompts, tiny
-from bitwright.bench.model import make_model, make_state, make_tables
+from bitwright.bench.elementwise import rope_tables
+from bitwright.bench.linears import PackedExperts, PackedLinear
+from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.shapes import models
+from bitwright.bench.timing import capture
 from bitwright.scheme import Scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,14 +37,18 @@ def test_kernels_equal_their_twins(case: Callable[[torch.dtype, str], None], dty
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (64, 8), (32, 8)])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_decode_attention_at_real_shapes(heads: int, kv_heads: int, batch: int) -> None:
-    q = torch.randn(batch, heads, 128, device="cuda").to(BF16)
+    qkv = torch.randn(batch, (heads + 2 * kv_heads) * 128, device="cuda").to(BF16)
     keys, values = (torch.randn(batch, kv_heads, 2100, 128, device="cuda").to(BF16) for _ in range(2))
     positions = torch.randint(0, 2100, (batch,), dtype=torch.int32, device="cuda")
+    cos, sin = rope_tables(2100, 128, 10000.0, "cuda")
     scratch = attention.workspace(batch, heads, kv_heads, 128, 2100, "cuda")
-    first = attention.decode(q, keys, values, positions, scratch)
-    bench_kernel_cases.close(first, attention.decode_reference(q, keys, values, positions), 4)
+    caches = (keys.clone(), values.clone())
+    first = attention.decode(qkv, cos, sin, positions, keys, values, scratch)
+    bench_kernel_cases.close(first, attention.decode_reference(qkv, cos, sin, positions, *caches), 4)
+    for ours, theirs in zip((keys, values), caches, strict=True):
+        bench_kernel_cases.close(ours, theirs)
     for _ in range(20):  # whoever arrives last merges, always in the same order
-        assert torch.equal(attention.decode(q, keys, values, positions, scratch), first)
+        assert torch.equal(attention.decode(qkv, cos, sin, positions, keys, values, scratch), first)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,6 +58,67 @@ def test_quantized_models_equal_their_dequantized_twins(name: str, scheme: str) 
     with torch.no_grad():
         verdict = correctness.check(models(name), Scheme.parse(scheme), BF16, torch.device("cuda"))
     assert verdict.reason is None, verdict
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", ["llama-2-7b", "opt-30b", "mixtral-8x7b"])
+def test_kernels_that_begin_early_change_nothing(
+    name: str, small: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps in one graph, each launch beginning while the one before runs, and the same with nothing beside it."""
+    shape = replace(tiny(models(name)), layers=4) if small else replace(models(name), layers=2)
+    made = make_model(shape, Scheme.parse("w4a16-g128"), make_tables(shape, BF16, "cuda"))
+    steps, context = 6, 50
+
+    def run(state: State) -> list[torch.Tensor]:
+        state.positions.fill_(context)
+        state.ids.copy_(ids)
+        return [made.step(state).clone() for _ in range(steps)]
+
+    ours, theirs = (make_state(shape, shape.layers, batch, context + steps, BF16, "cuda") for _ in range(2))
+    ids = ours.ids.clone()
+    with torch.no_grad():
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(ours)
+        torch.cuda.synchronize()
+        captured: list[list[torch.Tensor]] = []
+        capture(lambda: captured.append(run(ours)), graph, stream)
+        with monkeypatch.context() as patched:
+            _alone(patched)
+            expected = run(theirs)
+        for _ in range(20):
+            for logits in captured[0]:
+                logits.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            for logits, alone in zip(captured[0], expected, strict=True):
+                assert torch.equal(logits, alone)
+            for ours_, theirs_ in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True):
+                assert torch.equal(ours_, theirs_)
+
+
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain launches of the small kernels, and a synchronization around every part of a step."""
+
+    def alone(f: Callable) -> Callable:
+        def call(*args, **kwargs):
+            torch.cuda.synchronize()
+            y = f(*args, **kwargs)
+            torch.cuda.synchronize()
+            return y
+
+        return call
+
+    monkeypatch.setattr(dependent, "options", lambda device: {"PDL": False})
+    for f in ("add_norm", "rope_cache", "silu_mul", "relu", "route", "combine"):
+        monkeypatch.setattr(model, f, alone(getattr(model, f)))
+    monkeypatch.setattr(attention, "decode", alone(attention.decode))
+    for kind in (PackedLinear, PackedExperts):
+        monkeypatch.setattr(kind, "__call__", alone(kind.__call__))
+    monkeypatch.setattr(Decoder, "_embed", alone(Decoder._embed))
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "opt-30b"])

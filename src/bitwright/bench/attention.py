@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from bitwright.bench.elementwise import rope_cache_reference
+
 _PROGRAMS = 264  # two for each of the 132 SMs of an H100
 _FEWEST_KEYS = 32  # per program: fewer is all merging
 
@@ -58,24 +60,50 @@ def workspace(
     )
 
 
-def decode(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scratch: Workspace) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v of one query per sequence: q [B, heads, D] -> [B, heads, D].
+def decode(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scratch: Workspace,
+) -> Tensor:
+    """Attention of one new token per sequence [B, heads, D], of qkv [B, (heads + 2 kv_heads) D] before rotation.
 
-    keys, values [B, kv_heads, S, D]: sequence b sees positions 0 .. positions[b] (int32 [B], on the device). Query head
-    h reads kv head h // (heads / kv_heads). Float32 softmax; probabilities are rounded to the dtype of v.
+    Sequence b stands at positions[b] (int32 [B], on the device): its key and value go into the caches keys, values
+    [B, kv_heads, S, D] there, and it sees positions 0 .. positions[b]; at S and beyond nothing is written, and it sees
+    the cache alone. cos, sin: as for `elementwise.rope_cache`. Query head h reads kv head h // (heads / kv_heads).
+    softmax(q kᵀ / sqrt(D)) v in float32; probabilities of cached keys are rounded to the dtype of v.
     """
-    if q.is_cuda:
+    if qkv.is_cuda:
         from bitwright.bench import attention_kernels as kernels
 
         s = scratch
         return kernels.decode(
-            q, keys, values, positions, s.split.splits, s.split.block, (s.partial, s.stats, s.counters)
+            qkv,
+            cos,
+            sin,
+            positions,
+            keys,
+            values,
+            s.split.splits,
+            s.split.block,
+            (s.partial, s.stats, s.counters),
         )
-    return decode_reference(q, keys, values, positions)
+    return decode_reference(qkv, cos, sin, positions, keys, values)
 
 
-def decode_reference(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """The twin of `decode`: float32 throughout."""
+def decode_reference(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """The twin of `decode`: first into the caches, then the products."""
+    q = rope_cache_reference(qkv, cos, sin, positions, keys, values)
+    return attend_reference(q, keys, values, positions)
+
+
+def attend_reference(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v of rotated queries q [B, heads, D] over positions 0 .. positions[b], in float32."""
     B, heads, D = q.shape
     KV, S = keys.shape[1], keys.shape[2]
     grouped = q.view(B, KV, heads // KV, D).float()

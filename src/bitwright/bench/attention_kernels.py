@@ -2,15 +2,18 @@
 
 One program reads a stretch of the keys and values of one (sequence, kv head) and answers all query heads that share
 it, so that the cache is read once. Stretches are merged by whichever program of the pair arrives last, in the order of
-the stretches: one launch, and the same bits every time.
+the stretches: one launch, and the same bits every time. Every program turns its own queries; the one with the first
+stretch also turns the new key, counts it from registers and writes it into the cache, where no other program reads it.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bitwright.bench import dependent
+from bitwright.bench.dependent import release, wait
 
 
 @triton.jit
@@ -40,7 +43,7 @@ def _merge(
         weights = tl.load(stats + 2 * slot + 1, mask=inside, other=0.0, cache_modifier=".cg")
         at = slot[:, :, None] * D + d[None, None, :]
         parts = tl.load(partial + at, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
-        # The first stretch always has a key, so `higher` is finite in every row that is kept.
+        # The first stretch always has a key, the new one or old ones: `higher` is finite in every row that is kept.
         higher = tl.maximum(top, tl.max(tops, 0))
         share = tl.exp2(tops - higher[None, :])
         fade = tl.exp2(top - higher)
@@ -53,10 +56,12 @@ def _merge(
 
 @triton.jit
 def _decode(
-    q,
+    qkv,
+    cos,
+    sin,
+    positions,
     keys,
     values,
-    positions,
     out,
     partial,
     stats,
@@ -66,25 +71,51 @@ def _decode(
     KV: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
+    ROPE: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,  # R padded to what tl.dot takes
     KEYS: tl.constexpr,
     MERGE_ROWS: tl.constexpr,  # R padded to a power of two
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release(PDL)
+    wait(PDL)  # caches, partial results and counters are all of kernels before this one
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    length = tl.minimum(tl.load(positions + pair // KV).to(tl.int32) + 1, S)
-    stretch = tl.cdiv(tl.cdiv(length, KEYS), SPLITS) * KEYS
+    sequence = pair // KV
+    position = tl.load(positions + sequence).to(tl.int32)
+    old = tl.minimum(position, S)
+    stretch = tl.cdiv(tl.cdiv(old, KEYS), SPLITS) * KEYS
     begin = split * stretch
-    end = tl.minimum(begin + stretch, length)
+    end = tl.minimum(begin + stretch, old)
+    fresh = (split == 0) & (position < S)  # where the cache is full, the new key has no place and does not count
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D)
-    rows = (pair * R + r)[:, None] * D + d[None, :]
-    query = tl.load(q + rows, mask=(r < R)[:, None], other=0.0)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    head = sequence * (R + 2) * KV + pair % KV * R  # the first query head of this pair in qkv
+    query_at = (head + r)[:, None] * D + d[None, :]
+    key_at = (sequence * (R + 2) * KV + R * KV + pair % KV) * D + d
+    query = tl.load(qkv + query_at, mask=(r < R)[:, None], other=0.0)
+    key = tl.load(qkv + key_at, mask=fresh, other=0.0)
+    value = tl.load(qkv + key_at + KV * D, mask=fresh, other=0.0)
+    if ROPE:
+        # Pairs (i, i + D / 2), both from the side of each of the two.
+        across = tl.where(d < D // 2, D // 2, -(D // 2))
+        angle = tl.minimum(position, S - 1).to(tl.int64) * (D // 2) + d % (D // 2)
+        cosine = tl.load(cos + angle)
+        sine = tl.load(sin + angle)
+        sine = tl.where(d < D // 2, -sine, sine)
+        other = tl.load(qkv + query_at + across[None, :], mask=(r < R)[:, None], other=0.0)
+        query = (query.to(tl.float32) * cosine[None, :] + other.to(tl.float32) * sine[None, :]).to(query.dtype)
+        other_key = tl.load(qkv + key_at + across, mask=fresh, other=0.0)
+        key = (key.to(tl.float32) * cosine + other_key.to(tl.float32) * sine).to(key.dtype)
+    new_at = (pair * S + position) * D + d
+    tl.store(keys + new_at, key, mask=fresh)
+    tl.store(values + new_at, value, mask=fresh)
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale_log2
+    top = tl.where(fresh, score, float("-inf"))
+    weight = tl.zeros([ROWS], tl.float32) + tl.where(fresh, 1.0, 0.0)
+    acc = tl.zeros([ROWS, D], tl.float32) + value.to(tl.float32)[None, :]  # zero where it does not count
     for first in range(begin, end, KEYS):
         n = first + tl.arange(0, KEYS)
         at = (pair * S + n)[:, None] * D + d[None, :]
@@ -98,6 +129,7 @@ def _decode(
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
         top = higher
     if SPLITS == 1:
+        rows = (pair * R + r)[:, None] * D + d[None, :]
         tl.store(out + rows, (acc / weight[:, None]).to(out.dtype.element_ty), mask=(r < R)[:, None])
     else:
         slot = (pair * SPLITS + split) * R + r
@@ -111,20 +143,30 @@ def _decode(
 
 
 def decode(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, splits: int, block: int, scratch: tuple[Tensor, ...]
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    splits: int,
+    block: int,
+    scratch: tuple[Tensor, ...],
 ) -> Tensor:
     """See `attention.decode`. block: keys per step (a power of two, at least 16). scratch: of `attention.workspace`."""
-    B, heads, D = q.shape
-    KV, S = keys.shape[1], keys.shape[2]
+    B, KV, S, D = keys.shape
+    heads = qkv.shape[1] // D - 2 * KV
     R = heads // KV
-    out = torch.empty_like(q)
+    out = qkv.new_empty(B, heads, D)
     merge_rows = triton.next_power_of_2(R)
     partial, stats, counters = scratch
     _decode[(B * KV, splits)](
-        q,
+        qkv,
+        qkv if cos is None else cos,
+        qkv if sin is None else sin,
+        positions,
         keys,
         values,
-        positions,
         out,
         partial,
         stats,
@@ -134,6 +176,7 @@ def decode(
         KV=KV,
         R=R,
         D=D,
+        ROPE=cos is not None,
         SPLITS=splits,
         ROWS=max(16, merge_rows),
         KEYS=block,
@@ -141,5 +184,6 @@ def decode(
         CHUNK=min(triton.next_power_of_2(splits), max(1, 8192 // (merge_rows * D))),  # 64 registers a thread
         num_warps=4,
         num_stages=3,
+        **dependent.options(qkv.device),
     )
     return out

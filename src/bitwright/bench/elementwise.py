@@ -49,6 +49,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return silu_mul_reference(gate_up)
 
 
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0) of x contiguous, NaN where x is."""
+    if x.is_cuda:
+        from bitwright.bench import elementwise_kernels as kernels
+
+        return kernels.relu(x)
+    return torch.relu(x)
+
+
 def rope_tables(positions: int, head_dim: int, base: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [positions, head_dim / 2], of the angles position * base^(-2 i / head_dim)."""
     i = torch.arange(0, head_dim, 2, dtype=torch.float64)

@@ -1,7 +1,8 @@
 """Triton kernels for what lies between the linears: residual + norm, rotary embedding + cache write, silu * mul.
 
 Between two linears of a decoding step there are a few kilobytes, so what counts is the number of launches: one kernel
-each, float32 inside, 16 bits in and out. `elementwise` chooses between these and their plain twins.
+each, float32 inside, 16 bits in and out. `elementwise` chooses between these and their plain twins. Where the GPU can,
+a kernel begins while the linear before it still runs, and lets the linear after it begin (`dependent`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bitwright.bench import dependent
+from bitwright.bench.dependent import release, wait
 
 
 @triton.jit
@@ -26,10 +30,17 @@ def _add_norm(
     CENTER: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release(PDL)
     row = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     inside = i < H
+    gain = tl.load(weight + i, mask=inside, other=0.0)
+    shift = gain
+    if BIAS:
+        shift = tl.load(bias + i, mask=inside, other=0.0)
+    wait(PDL)
     h = tl.load(residual + row + i, mask=inside, other=0.0)
     if ADD:
         h = (h.to(tl.float32) + tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)).to(normed.dtype.element_ty)
@@ -37,16 +48,19 @@ def _add_norm(
     h = h.to(tl.float32)
     if CENTER:
         h = tl.where(inside, h - tl.sum(h) / H, 0.0)
-    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * gain.to(tl.float32)
     if BIAS:
-        y += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+        y += shift.to(tl.float32)
     tl.store(normed + row + i, y.to(normed.dtype.element_ty), mask=inside)
 
 
 def add_norm(
     x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `elementwise.add_norm`; one program per row, the row in registers."""
+    """See `elementwise.add_norm`; one program per row, the row in registers.
+
+    weight and bias are read before the launch before this one is waited for (`dependent`).
+    """
     M, H = residual.shape
     normed = torch.empty_like(residual)
     total = residual if x is None else torch.empty_like(residual)
@@ -65,6 +79,7 @@ def add_norm(
         BIAS=bias is not None,
         BLOCK=block,
         num_warps=min(16, max(4, block // 512)),
+        **dependent.options(residual.device),
     )
     return normed, total
 
@@ -85,7 +100,10 @@ def _rope_cache(
     HALF: tl.constexpr,
     ROPE: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     sequence = token // T
@@ -143,12 +161,15 @@ def rope_cache(
         ROPE=cos is not None,
         ROWS=rows,
         num_warps=2,
+        **dependent.options(qkv.device),
     )
     return q
 
 
 @triton.jit
-def _silu_mul(gate_up, out, I, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
@@ -162,5 +183,23 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     M, I = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(M, I)
     block = 1024
-    _silu_mul[(M, triton.cdiv(I, block))](gate_up, out, I, BLOCK=block, num_warps=4)
+    grid = (M, triton.cdiv(I, block))
+    _silu_mul[grid](gate_up, out, I, BLOCK=block, num_warps=4, **dependent.options(gate_up.device))
+    return out
+
+
+@triton.jit
+def _relu(x, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
+    wait(PDL)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x + i, mask=i < count, other=0.0)
+    tl.store(out + i, tl.where(y < 0, 0.0, y), mask=i < count)
+
+
+def relu(x: Tensor) -> Tensor:
+    """See `elementwise.relu`."""
+    out = torch.empty_like(x)
+    block = 1024
+    _relu[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block, num_warps=4, **dependent.options(x.device))
     return out

@@ -2,8 +2,8 @@
 
 One program for all of them: rotary or learned positions, RMSNorm or LayerNorm, gated, plain or expert MLPs. The 16-bit
 model and the quantized one differ in their linears and in nothing else, so that a difference in time is theirs. A block
-is a handful of launches (norm, qkv, rotate and cache, attention, o, norm, up, activation, down) without a word to the
-host, so that a step can be captured in a CUDA graph.
+is a handful of launches (norm, qkv, attention, o, norm, up, activation, down) without a word to the host, so that a
+step can be captured in a CUDA graph.
 
 Weights are made on the device, at random: speed does not depend on them.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from bitwright.bench import attention
-from bitwright.bench.elementwise import add_norm, rope_cache, rope_tables, silu_mul
+from bitwright.bench.elementwise import add_norm, relu, rope_cache, rope_tables, silu_mul
 from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear, RoundedLinear
 from bitwright.bench.routing import combine, route
 from bitwright.bench.schemes import linear_scheme
@@ -188,7 +188,12 @@ class Decoder:
         B, T = ids.shape
         state.positions.zero_()
         where = torch.arange(T, device=ids.device).repeat(B)
-        h = self._run(state, self._embed(ids.flatten(), where), attention.prefill)
+
+        def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            q = rope_cache(qkv, state.cos, state.sin, state.positions, keys, values)
+            return attention.prefill(q, keys, values)
+
+        h = self._run(state, self._embed(ids.flatten(), where), attend)
         logits = torch.mm(h.view(B, T, -1)[:, -1], self.tables.head.t())
         state.positions.fill_(T)
         state.ids.copy_(logits.argmax(dim=-1))
@@ -197,8 +202,8 @@ class Decoder:
     def step(self, state: State) -> Tensor:
         """Logits [B, vocab] after one more token of every sequence; the greedy ones are fed next."""
 
-        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return attention.decode(q, keys, values, state.positions, state.scratch)
+        def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attention.decode(qkv, state.cos, state.sin, state.positions, keys, values, state.scratch)
 
         h = self._run(state, self._embed(state.ids, state.positions), attend)
         logits = torch.mm(h, self.tables.head.t())
@@ -242,8 +247,7 @@ class Decoder:
         x = None
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
             normed, h = block.norm(x, h)
-            q = rope_cache(block.qkv(normed), state.cos, state.sin, state.positions, keys, values)
-            y = attend(q, keys, values).view(h.shape[0], -1)
+            y = attend(block.qkv(normed), keys, values).view(h.shape[0], -1)
             normed, h = block.mlp_norm(block.o(y), h)
             x = block.mlp(normed)
         return self.tables.norm(x, h)[0]
@@ -356,4 +360,4 @@ def _norm(shape: ModelShape, maker: Maker) -> Norm:
 
 
 def _activate(y: Tensor, gated: bool) -> Tensor:
-    return silu_mul(y) if gated else torch.relu(y)
+    return silu_mul(y) if gated else relu(y)

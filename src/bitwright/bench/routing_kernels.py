@@ -11,13 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitwright.bench import dependent
+from bitwright.bench.dependent import release, wait
+
 MAX_TOKENS = 1024  # of `route`: one program holds tokens x experts
 
 
 @triton.jit
 def _route(
-    logits, offsets, tokens, places, shares, M, E: tl.constexpr, TOP: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr
+    logits,
+    offsets,
+    tokens,
+    places,
+    shares,
+    M,
+    E: tl.constexpr,
+    TOP: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    release(PDL)
+    wait(PDL)
     m = tl.arange(0, BM)
     e = tl.arange(0, BE)
     inside = (m < M)[:, None] & (e < E)[None, :]
@@ -62,12 +77,27 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     block = max(2, triton.next_power_of_2(M))
     experts = max(2, triton.next_power_of_2(E))
     warps = 4 if block * experts <= 4096 else 16
-    _route[(1,)](logits, offsets, tokens, places, shares, M, E=E, TOP=top_k, BE=experts, BM=block, num_warps=warps)
+    _route[(1,)](
+        logits,
+        offsets,
+        tokens,
+        places,
+        shares,
+        M,
+        E=E,
+        TOP=top_k,
+        BE=experts,
+        BM=block,
+        num_warps=warps,
+        **dependent.options(logits.device),
+    )
     return offsets, tokens, places, shares
 
 
 @triton.jit
-def _combine(y, places, shares, out, H, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(y, places, shares, out, H, TOP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
+    wait(PDL)
     m = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -83,12 +113,28 @@ def combine(y: Tensor, places: Tensor, shares: Tensor) -> Tensor:
     M, H = places.shape[0], y.shape[1]
     out = y.new_empty(M, H)
     block = 1024
-    _combine[(M, triton.cdiv(H, block))](y, places, shares, out, H, TOP=places.shape[1], BLOCK=block, num_warps=4)
+    _combine[(M, triton.cdiv(H, block))](
+        y, places, shares, out, H, TOP=places.shape[1], BLOCK=block, num_warps=4, **dependent.options(y.device)
+    )
     return out
 
 
 @triton.jit
-def _rows(x, offsets, weight, out, N, K, E: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr):
+def _rows(
+    x,
+    offsets,
+    weight,
+    out,
+    N,
+    K,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    wait(PDL)
     t = tl.program_id(1).to(tl.int64)
     e = tl.arange(0, BE)
     ends = tl.load(offsets + 1 + e, mask=e < E, other=2147483647)
@@ -114,6 +160,17 @@ def rows(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], N)
     bn = 8
     _rows[(triton.cdiv(N, bn), x.shape[0])](
-        x, offsets, weight, out, N, K, E=E, BN=bn, BK=512, BE=max(2, triton.next_power_of_2(E)), num_warps=4
+        x,
+        offsets,
+        weight,
+        out,
+        N,
+        K,
+        E=E,
+        BN=bn,
+        BK=512,
+        BE=max(2, triton.next_power_of_2(E)),
+        num_warps=4,
+        **dependent.options(x.device),
     )
     return out

@@ -29,9 +29,12 @@ HOPPER = "hopper"  # compute capability 9.0: wgmma and TMA
 TRITON = "triton"  # Triton is installed, and the GPU is one it compiles for
 CUSPARSELT = "cusparselt"  # torch brings cuSPARSELt: products with 2:4 weights
 GLUON = "gluon"  # that Triton's Gluon is one our kernels are written for
+PDL = "pdl"  # programmatic dependent launch, by the GPU and by Triton
 
 GLUON_VERSIONS = ((3, 6),)  # Gluon changes names with every minor release
 _TRITON_CAPABILITY = (8, 0)  # the oldest GPU Triton supports, and the first with bfloat16
+_PDL_CAPABILITY = (9, 0)
+_PDL_TRITON = (3, 6)  # the oldest that was tried
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def _cuda_features(index: int) -> frozenset[str]:
         found.add(GLUON)
     if capability[0] == 9:
         found.add(HOPPER)
+    if capability >= _PDL_CAPABILITY and (triton_version() or (0, 0)) >= _PDL_TRITON:
+        found.add(PDL)
     if torch.backends.cusparselt.is_available():
         found.add(CUSPARSELT)
     return frozenset(found)
