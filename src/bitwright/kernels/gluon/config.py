@@ -160,7 +160,7 @@ def choose_experts(
 
 # NWG warpgroups, KWG of them on the same rows, REST * 64 rows each, PER programs a processor; BM None = the least that
 # holds the tokens. A small weight takes half of each processor, so that the next launch begins beside it.
-_SMALL = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 80, "PER": 1}
+_SMALL = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 72, "PER": 1}
 _STREAM = {**_SMALL, "PER": 2}
 _SOME = {**_SMALL, "NS": 10, "REGISTERS": 160, "MAXNREG": 128}
 _MORE = {**_SMALL, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96}
