@@ -53,6 +53,7 @@ COMBINE = {"y": "*bf16", "places": "*i32", "shares": "*fp32", "out": "*bf16", "H
 ROWS = {"x": "*bf16", "offsets": "*i32", "weight": "*bf16", "out": "*bf16", "N": "i32", "K": "i32"}
 
 HEADS = dict(KV=8, R=4, D=128, ROPE=True, ROWS=16, KEYS=64, MERGE_ROWS=4, CHUNK=8)
+OLD = {"positions", "cos", "sin", "keys", "values"}  # written in earlier steps, or never
 # module, kernel, its signature, constants, what it may read before it waits
 KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
     ("elementwise", "_add_norm", NORM, dict(ADD=True, CENTER=True, BIAS=True, BLOCK=4096), {"weight", "bias"}),
@@ -60,8 +61,8 @@ KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
     ("elementwise", "_rope_cache", ROPE, dict(HEADS=32, KV=8, HALF=64, ROPE=True, ROWS=8), set()),
     ("elementwise", "_silu_mul", {"gate_up": "*bf16", "out": "*bf16", "I": "i32"}, dict(BLOCK=1024), set()),
     ("elementwise", "_relu", {"x": "*bf16", "out": "*bf16", "count": "i32"}, dict(BLOCK=1024), set()),
-    ("attention", "_decode", DECODE, HEADS | dict(SPLITS=1), set()),
-    ("attention", "_decode", DECODE, HEADS | dict(SPLITS=33), set()),
+    ("attention", "_decode", DECODE, HEADS | dict(SPLITS=1), OLD),
+    ("attention", "_decode", DECODE, HEADS | dict(SPLITS=33), OLD),
     ("routing", "_route", ROUTE, dict(E=8, TOP=2, BE=8, BM=16), set()),
     ("routing", "_combine", COMBINE, dict(TOP=2, BLOCK=1024), set()),
     ("routing", "_rows", ROWS, dict(E=8, BN=8, BK=512, BE=8), set()),
@@ -131,7 +132,8 @@ def test_nothing_of_other_kernels_is_touched_before_the_wait(
     # Straight down to the wait: a program that ended or went round it would let the next kernel run too soon.
     for s in early:
         assert not re.search(r"\b(bra|brx|ret|exit|call|st\.global|atom|red|cp\.reduce)\b", s), s
-    assert parameters_read(early, list(signature)) == allowed
+    read = parameters_read(early, list(signature))
+    assert {name for name in read if signature[name].startswith("*")} == allowed
     assert re.search(r"\b(st\.global|atom)\b", ptx)
 
 

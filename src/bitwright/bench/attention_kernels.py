@@ -55,6 +55,30 @@ def _merge(
 
 
 @triton.jit
+def _old(keys, values, pair, first, end, d, S, KEYS: tl.constexpr):
+    """Keys and values [KEYS, D] at positions `first` on, 0 from `end` on."""
+    n = first + tl.arange(0, KEYS)
+    at = (pair * S + n)[:, None] * d.shape[0] + d[None, :]
+    k = tl.load(keys + at, mask=(n < end)[:, None], other=0.0)
+    v = tl.load(values + at, mask=(n < end)[:, None], other=0.0)
+    return k, v
+
+
+@triton.jit
+def _count(query, k, v, first, end, top, weight, acc, scale_log2, KEYS: tl.constexpr):
+    """Running maximum, weight and sum of values after the keys at `first` to `end`, of which there may be none."""
+    n = first + tl.arange(0, KEYS)
+    s = tl.where((n < end)[None, :], tl.dot(query, tl.trans(k)) * scale_log2, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    level = tl.where(higher == float("-inf"), 0.0, higher)  # of no key at all, so that nothing is subtracted from -inf
+    p = tl.exp2(s - level[:, None])
+    fade = tl.exp2(top - level)
+    weight = weight * fade + tl.sum(p, 1)
+    acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
+    return higher, weight, acc
+
+
+@triton.jit
 def _decode(
     qkv,
     cos,
@@ -80,7 +104,6 @@ def _decode(
     PDL: tl.constexpr,
 ):
     release(PDL)
-    wait(PDL)  # caches, partial results and counters are all of kernels before this one
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     sequence = pair // KV
@@ -92,6 +115,13 @@ def _decode(
     fresh = (split == 0) & (position < S)  # where the cache is full, the new key has no place and does not count
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D)
+    # Positions, tables and the keys of earlier tokens were there before this step began; the queries were not.
+    k, v = _old(keys, values, pair, begin, end, d, S, KEYS)
+    if ROPE:
+        angle = tl.minimum(position, S - 1).to(tl.int64) * (D // 2) + d % (D // 2)
+        cosine = tl.load(cos + angle)
+        sine = tl.load(sin + angle)
+    wait(PDL)
     head = sequence * (R + 2) * KV + pair % KV * R  # the first query head of this pair in qkv
     query_at = (head + r)[:, None] * D + d[None, :]
     key_at = (sequence * (R + 2) * KV + R * KV + pair % KV) * D + d
@@ -101,9 +131,6 @@ def _decode(
     if ROPE:
         # Pairs (i, i + D / 2), both from the side of each of the two.
         across = tl.where(d < D // 2, D // 2, -(D // 2))
-        angle = tl.minimum(position, S - 1).to(tl.int64) * (D // 2) + d % (D // 2)
-        cosine = tl.load(cos + angle)
-        sine = tl.load(sin + angle)
         sine = tl.where(d < D // 2, -sine, sine)
         other = tl.load(qkv + query_at + across[None, :], mask=(r < R)[:, None], other=0.0)
         query = (query.to(tl.float32) * cosine[None, :] + other.to(tl.float32) * sine[None, :]).to(query.dtype)
@@ -116,18 +143,10 @@ def _decode(
     top = tl.where(fresh, score, float("-inf"))
     weight = tl.zeros([ROWS], tl.float32) + tl.where(fresh, 1.0, 0.0)
     acc = tl.zeros([ROWS, D], tl.float32) + value.to(tl.float32)[None, :]  # zero where it does not count
-    for first in range(begin, end, KEYS):
-        n = first + tl.arange(0, KEYS)
-        at = (pair * S + n)[:, None] * D + d[None, :]
-        k = tl.load(keys + at, mask=(n < end)[:, None], other=0.0)
-        v = tl.load(values + at, mask=(n < end)[:, None], other=0.0)
-        s = tl.where((n < end)[None, :], tl.dot(query, tl.trans(k)) * scale_log2, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        fade = tl.exp2(top - higher)
-        weight = weight * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
-        top = higher
+    top, weight, acc = _count(query, k, v, begin, end, top, weight, acc, scale_log2, KEYS)
+    for first in range(begin + KEYS, end, KEYS):
+        k, v = _old(keys, values, pair, first, end, d, S, KEYS)
+        top, weight, acc = _count(query, k, v, first, end, top, weight, acc, scale_log2, KEYS)
     if SPLITS == 1:
         rows = (pair * R + r)[:, None] * D + d[None, :]
         tl.store(out + rows, (acc / weight[:, None]).to(out.dtype.element_ty), mask=(r < R)[:, None])

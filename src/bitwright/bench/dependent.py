@@ -5,8 +5,8 @@ kernel has drained. `wait` then holds until the kernel before has ended and all 
 for its own predecessor in every program, and so on: behind `wait` everything earlier on the stream is done, as with a
 plain launch. So no program may end, or read or write anything that another kernel touches, before its `wait`.
 
-What is read before `wait` must have been written before the last plain launch on the stream: weights, for a step begins
-with plain launches (the embedding).
+What is read before `wait` must have been written before the last plain launch on the stream: weights, and what earlier
+steps left (positions, caches), for a step begins with plain launches (the embedding).
 """
 
 from __future__ import annotations

@@ -105,13 +105,17 @@ def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
     tiles = -(-M // config.BM) * -(-N // config.BN)
     nk = -(-K // config.BK)
     programs = processors * config.PER
-    rounds, rest = divmod(tiles, programs)
-    if rest == 0 or tiles > _FULL * (rounds + 1) * programs:
+    if _busy(tiles, programs):
         return Division(min(programs, tiles), tiles, 1, 0, 0)
-    whole = max(rounds - 1, 0) * programs
+    whole = max(tiles // programs - 1, 0) * programs
     units = (tiles - whole) * nk
     programs = min(programs, units)
     return Division(programs, whole, -(-units // programs), *_workspace(config, programs, tiles - whole))
+
+
+def _busy(tiles: int, programs: int) -> bool:
+    """Whether rounds of whole tiles leave hardly any program idle."""
+    return tiles > _FULL * -(-tiles // programs) * programs
 
 
 def divide_experts(T: int, N: int, config: Config, processors: int) -> Division:
@@ -140,10 +144,13 @@ def choose(
     """The configuration for a problem, from measurements on one H100 (dev/LOG.md)."""
     if M <= 128:
         tiles = _decode(N * K) if M <= 32 else _middle(M, N * K)
-    elif -(-M // 128) * -(-N // 128) <= processors:
-        tiles = _NARROW
     else:
         tiles = _WIDE if M > 1024 or -(-M // 256) * 2 == -(-M // 128) else _TALL
+        large = -(-M // tiles["BM"]) * -(-N // (32768 // tiles["BM"]))
+        few = -(-M // 128) * -(-N // 128) <= processors
+        # Cutting what one round of large tiles leaves costs more than tiles of half the size.
+        if few or (large < 2 * processors and not _busy(large, processors)):
+            tiles = _NARROW
     return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
 
 
