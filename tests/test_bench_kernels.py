@@ -14,7 +14,7 @@ from bitwright.errors import BitwrightError
 from bitwright.kernels import dispatch, ops, reference
 from bitwright.kernels.dequantize import DequantizedWeight
 from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Problem
-from bitwright.kernels.split_cuda import SplitTriton
+from bitwright.kernels.split_cuda import SplitMma
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
@@ -167,7 +167,7 @@ def test_bad_options_are_one_error(changes: dict[str, Any], said: str) -> None:
 def test_the_parts_of_a_split_linear_are_timed_beside_it(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's implementation, whose operators have a program for CPUs too."""
 
-    class Anywhere(SplitTriton):
+    class Anywhere(SplitMma):
         NAME = "anywhere"
 
         @classmethod
@@ -192,7 +192,7 @@ def test_the_parts_of_a_split_linear_are_timed_beside_it(scheme: str, monkeypatc
     kernels.table(found)
 
     def wrong(self: Anywhere, *given: Any) -> Tensor:
-        return SplitTriton.multiply(self, *given) + 1
+        return SplitMma.multiply(self, *given) + 1
 
     monkeypatch.setattr(Anywhere, "multiply", wrong)
     found = kernels.run(options(schemes=(scheme,), peers=("dense",)))

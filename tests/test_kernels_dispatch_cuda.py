@@ -15,7 +15,7 @@ from bitwright.kernels.cuda import FragmentWeight, GluonWeight, TritonWeight, ge
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.problem import CUSPARSELT, GLUON, HOPPER, PDL, TRITON, Problem, cuda_features, triton_version
-from bitwright.kernels.split_cuda import SplitTriton
+from bitwright.kernels.split_cuda import SplitMma
 from bitwright.nn.linear import QuantLinear
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
@@ -63,7 +63,7 @@ def on_cpu(
         ("w4a16-g64", frozenset(), {}, DequantizedWeight, "multiplies in bfloat16"),
         ("w4a16-g64", ALL, {"dtype": torch.float32}, DequantizedWeight, "multiplies in float32"),
         ("w4a16-g48", ALL, {}, DequantizedWeight, "multiplies in bfloat16"),
-        ("w8a8", ALL, {}, SplitTriton, "int8 tensor cores"),
+        ("w8a8", ALL, {}, SplitMma, "int8 tensor cores"),
         ("w8a8", ALL, {"dtype": torch.float32}, Int8Exact, "float32 products"),
     ],
 )

@@ -15,9 +15,9 @@ from torch import Tensor
 from bitwright.kernels import dispatch, reference, split_cuda, split_sparse
 from bitwright.kernels.dequantize import Int8Exact
 from bitwright.kernels.int8_fragments import MAX_COLUMNS
-from bitwright.kernels.problem import CUSPARSELT, TRITON, Problem
+from bitwright.kernels.problem import CUSPARSELT, GLUON, HOPPER, TRITON, Problem
 from bitwright.kernels.split import SplitDequantized, SplitInteger
-from bitwright.kernels.split_cuda import SplitTriton
+from bitwright.kernels.split_cuda import SplitMma
 from bitwright.kernels.split_sparse import Compressed, SparseValues, SplitSparse, even
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
@@ -33,9 +33,12 @@ def problem(text: str, N: int = 64, K: int = 256, **changes: Any) -> Problem:
     return Problem(N=N, K=K, scheme=Scheme.parse(text), **rest)
 
 
-def on_cpu(tensor: SplitTensor, dtype: torch.dtype) -> SplitTriton:
+ON_HOPPER = frozenset({TRITON, GLUON, HOPPER, CUSPARSELT})
+
+
+def on_cpu(tensor: SplitTensor, dtype: torch.dtype) -> SplitMma:
     N, K = tensor.shape
-    return SplitTriton(problem(str(tensor.scheme), N, K, dtype=dtype), tensor, PlainInput(tensor.split))
+    return SplitMma(problem(str(tensor.scheme), N, K, dtype=dtype), tensor, PlainInput(tensor.split))
 
 
 def activations(M: int, K: int, dtype: torch.dtype) -> Tensor:
@@ -46,17 +49,19 @@ def activations(M: int, K: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     ("text", "changes", "expected", "why"),
     [
-        ("w4a4-o16", {}, SplitTriton, "int8 tensor cores"),
-        ("w4a8", {"dtype": FP16}, SplitTriton, "int8 tensor cores"),
-        ("w8a8-rot", {}, SplitTriton, "int8 tensor cores"),
-        ("w8a8", {}, SplitTriton, "int8 tensor cores"),
+        ("w4a4-o16", {}, SplitMma, "int8 tensor cores"),
+        ("w4a8", {"dtype": FP16}, SplitMma, "int8 tensor cores"),
+        ("w8a8-rot", {}, SplitMma, "int8 tensor cores"),
+        ("w8a8", {}, SplitMma, "int8 tensor cores"),
         ("w8a8", {"features": frozenset()}, Int8Exact, "float32 products"),
         ("w4a4-o16-24", {}, SplitSparse, "cuSPARSELt"),
-        ("w8a8-24", {"features": frozenset({TRITON})}, SplitTriton, "int8 tensor cores"),
+        ("w4a4-o16-24", {"features": ON_HOPPER}, SplitMma, "Hopper kernel above M = 64"),
+        ("w8a8-24", {"features": ON_HOPPER}, SplitSparse, "cuSPARSELt"),
+        ("w8a8-24", {"features": frozenset({TRITON})}, SplitMma, "int8 tensor cores"),
         ("w8a8-24", {"features": frozenset({CUSPARSELT})}, SplitInteger, "float32 products"),
         ("w4a4-o16", {"dtype": torch.float32}, SplitInteger, "float32 products"),
         ("w4a8", {"K": MAX_COLUMNS + 1}, SplitInteger, "float32 products"),
-        ("w4a8-o16", {"K": MAX_COLUMNS + 16}, SplitTriton, "int8 tensor cores"),
+        ("w4a8-o16", {"K": MAX_COLUMNS + 16}, SplitMma, "int8 tensor cores"),
         ("w4a16-o16", {}, SplitDequantized, "unpacks"),
         ("w16a16-24", {}, SparseValues, "9.00 bits per weight"),
         ("w16a16-24", {"features": frozenset({TRITON})}, SplitDequantized, "unpacks"),
@@ -82,8 +87,8 @@ def test_choice(text: str, changes: dict[str, Any], expected: type, why: str) ->
 )
 def test_refusals_have_reasons(text: str, changes: dict[str, Any], reason: str) -> None:
     candidates = {c.name: c for c in dispatch.explain(problem(text, **changes))}
-    assert not candidates["int8-triton"].usable
-    assert re.search(reason, candidates["int8-triton"].reason)
+    assert not candidates["int8-mma"].usable
+    assert re.search(reason, candidates["int8-mma"].reason)
     assert candidates["int8-sparse"].reason == "takes 2:4 weights"
 
 
@@ -146,7 +151,7 @@ def test_bits_in_memory_are_those_stated(text: str, shape: tuple[int, int]) -> N
     tensor = random_split_tensor(N, K, text)
     packed = on_cpu(tensor, BF16)
     indices = tensor.split.base_idx.nbytes + tensor.split.outlier_idx.nbytes
-    stated = SplitTriton.describe(problem(text, N, K))
+    stated = SplitMma.describe(problem(text, N, K))
     assert f"{(packed.nbytes - indices) * 8 / (N * K):.2f} bits per weight" in stated
 
 
@@ -168,12 +173,12 @@ def test_prepared_with_the_shared_quantizer() -> None:
     for text in ("w4a4-o16", "w8a8-o16-rot"):
         tensor = random_split_tensor(40, 96, text, shuffled=True)
         x = activations(5, 96, BF16)
-        assert torch.equal(SplitTriton.prepare(tensor, problem(text, 40, 96))(x), on_cpu(tensor, BF16)(x))
+        assert torch.equal(SplitMma.prepare(tensor, problem(text, 40, 96))(x), on_cpu(tensor, BF16)(x))
     plain = Scheme.parse("w8a8")
     codes = torch.randint(-128, 128, (40, 96), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     qt = QuantizedTensor(codes, (torch.rand(40, 1) + 0.5).to(BF16), None, plain.weight)
     x = activations(5, 96, BF16)
-    assert torch.equal(SplitTriton.prepare(qt, problem("w8a8", 40, 96))(x), reference.linear(x, qt, plain))
+    assert torch.equal(SplitMma.prepare(qt, problem("w8a8", 40, 96))(x), reference.linear(x, qt, plain))
 
 
 def test_preparing_changes_nothing_it_was_given() -> None:

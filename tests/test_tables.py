@@ -330,10 +330,10 @@ def test_prefill_throughput_and_memory_tables() -> None:
 def test_quantized_activations_show_where_the_time_goes() -> None:
     gpu = _script("gpu_tables")
     fields = {"scheme": "w4a4-o256", "tokens": 2048}
-    whole = kernel("int8-triton", 100.0, chosen=True) | fields
+    whole = kernel("int8-mma", 100.0, chosen=True) | fields
     parts = [
         whole
-        | {"name": f"int8-triton: {name}", "kind": "part", "chosen": False, "seconds": us / 1e6, "flops_per_second": f}
+        | {"name": f"int8-mma: {name}", "kind": "part", "chosen": False, "seconds": us / 1e6, "flops_per_second": f}
         for name, us, f in (("quantize", 30.0, 0.0), ("codes ready", 70.0, 9e14), ("product alone", 60.0, 1.2e15))
     ]
     dense = kernel("dense", 140.0) | fields

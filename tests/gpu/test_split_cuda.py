@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 from bitwright.kernels import reference
 from bitwright.kernels.problem import CUSPARSELT, Problem, cuda_features
-from bitwright.kernels.split_cuda import Int8Weight, SplitTriton
+from bitwright.kernels.split_cuda import Int8Weight, SplitMma
 from bitwright.kernels.split_sparse import SparseValues, SplitSparse
 from bitwright.nn.linear import QuantLinear
 from bitwright.split import SplitTensor
@@ -43,7 +43,7 @@ def activations(M: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-KINDS = [(SplitTriton, text) for text in DENSE] + [(SplitSparse, text) for text in SPARSE]
+KINDS = [(SplitMma, text) for text in DENSE] + [(SplitSparse, text) for text in SPARSE]
 
 
 @pytest.mark.parametrize("M", TOKENS)
@@ -98,11 +98,11 @@ def test_memory_is_what_is_stated(kind: type[Int8Weight], text: str) -> None:
     indices = tensor.split.base_idx.nbytes + tensor.split.outlier_idx.nbytes
     problem = Problem.of(tensor, tensor.scheme, torch.bfloat16, "cuda")
     stated = float(re.search(r"about (\S+) bits per weight", kind.describe(problem))[1])
-    assert (packed.nbytes - indices) * 8 / (N * K) == pytest.approx(stated, abs=0.01 if kind is SplitTriton else 0.2)
+    assert (packed.nbytes - indices) * 8 / (N * K) == pytest.approx(stated, abs=0.01 if kind is SplitMma else 0.2)
 
 
 @pytest.mark.parametrize("M", [1, 64, 300])
-@pytest.mark.parametrize(("kind", "text"), [(SplitTriton, "w4a4-o40"), (SplitSparse, "w4a4-o40-24")])
+@pytest.mark.parametrize(("kind", "text"), [(SplitMma, "w4a4-o40"), (SplitSparse, "w4a4-o40-24")])
 def test_graph_and_repeats(kind: type[Int8Weight], text: str, M: int, poison: None) -> None:
     packed, _ = prepared(kind, text, torch.bfloat16)
     x = [activations(M, torch.bfloat16, seed).cuda() for seed in range(4)]
@@ -151,7 +151,7 @@ def test_a_linear_from_the_table(text: str) -> None:
     tensor = random_split_tensor(N, K, text, shuffled=True)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).bfloat16()
     layer = QuantLinear.from_quantized(tensor, tensor.scheme, bias, device="cuda")
-    assert layer.choice.name == ("int8-sparse" if CUSPARSELT in cuda_features() and "24" in text else "int8-triton")
+    assert layer.choice.name == ("int8-sparse" if CUSPARSELT in cuda_features() and "24" in text else "int8-mma")
     x = activations(6, torch.bfloat16)
     y = layer(x.view(2, 3, K).cuda())
     assert tuple(y.shape) == (2, 3, N)

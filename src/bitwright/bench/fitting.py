@@ -167,7 +167,7 @@ def _linear_bytes(linear: LinearShape, scheme: Scheme | None, dtype: torch.dtype
 
 
 def _int8_bytes(N: int, K: int, scheme: Scheme, dtype: torch.dtype) -> int:
-    """As `kernels.split_cuda.SplitTriton` holds it: zeros of 2:4 too, scale and row sum of every output, outliers, and
+    """As `kernels.split_cuda.SplitMma` holds it: zeros of 2:4 too, scale and row sum of every output, outliers, and
     where each column of the input belongs."""
     outliers = 0 if scheme.outliers is None else scheme.outliers.columns(K)
     codes = padded(K - outliers) * (-(-N // ROWS) * ROWS // 2 if scheme.weight.bits == 4 else N)

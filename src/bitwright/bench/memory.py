@@ -33,7 +33,7 @@ from bitwright.errors import BitwrightError
 from bitwright.kernels import fragments
 from bitwright.kernels.problem import Problem
 from bitwright.kernels.split import SplitDequantized
-from bitwright.kernels.split_cuda import SplitTriton
+from bitwright.kernels.split_cuda import SplitMma
 from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _made(x: LinearShape, scheme: Scheme, dtype: torch.dtype, device: torch.devi
     problem = Problem(x.N, x.K, scheme, dtype, dtype, device.type, frozenset())
     if scheme.activation_bits == UNQUANTIZED_BITS:
         return x.count * SplitDequantized.prepare(qt, problem).nbytes
-    return x.count * SplitLinear.prepare(SplitTriton, qt, problem).weight.nbytes
+    return x.count * SplitLinear.prepare(SplitMma, qt, problem).weight.nbytes
 
 
 def _workspace(model: ModelShape, batch: int, context: int) -> int:

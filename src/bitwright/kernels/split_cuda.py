@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from bitwright.kernels import int8_fragments
 from bitwright.kernels.fragments import ROWS
 from bitwright.kernels.int8_fragments import MAX_COLUMNS, padded
-from bitwright.kernels.int8_ops import OUTLIER_STEP, int8_linear
-from bitwright.kernels.problem import TRITON, Implementation, Problem
+from bitwright.kernels.int8_ops import FEW_TOKENS, OUTLIER_STEP, int8_linear
+from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Implementation, Problem
 from bitwright.kernels.shared_input import share
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS
@@ -136,11 +136,16 @@ class Int8Weight(Implementation):
         return self._scale, self._row_sums, self._outliers, self.split.base_idx, self.split.outlier_idx
 
 
-class SplitTriton(Int8Weight):
+class SplitMma(Int8Weight):
     """4-bit codes in the order of registers (`int8_fragments`), 8-bit codes in rows; zeros of 2:4 are held as codes."""
 
-    NAME = "int8-triton"
-    _WHAT = "Triton kernel on int8 tensor cores at any M, one more for the input"
+    NAME = "int8-mma"
+    _WHAT = "int8 tensor cores at any M, one more kernel for the input"
+
+    @classmethod
+    def describe(cls, problem: Problem) -> str:
+        many = f"Hopper kernel above M = {FEW_TOKENS}" if {HOPPER, GLUON} <= problem.features else "Triton kernel"
+        return f"{super().describe(problem)}; {many}"
 
     def __init__(self, problem: Problem, tensor: SplitTensor, quantizer: Quantizer) -> None:
         super().__init__(problem, tensor, quantizer)

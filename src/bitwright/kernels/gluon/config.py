@@ -143,7 +143,7 @@ def choose(
 ) -> Config:
     """The configuration for a problem, from measurements on one H100 (dev/LOG.md)."""
     if M <= 128:
-        tiles = _decode(N * K) if M <= 32 else _middle(M, N * K)
+        tiles = _STREAM if M <= 32 else _middle(M, N * K)
     else:
         tiles = _WIDE if M > 1024 or -(-M // 256) * 2 == -(-M // 128) else _TALL
         large = -(-M // tiles["BM"]) * -(-N // (32768 // tiles["BM"]))
@@ -166,22 +166,16 @@ def choose_experts(
 
 
 # NWG warpgroups, KWG of them on the same rows, REST * 64 rows each, PER programs a processor; BM None = the least that
-# holds the tokens. A small weight takes half of each processor, so that the next launch begins beside it.
-_SMALL = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 72, "PER": 1}
-_STREAM = {**_SMALL, "PER": 2}
-_SOME = {**_SMALL, "NS": 10, "REGISTERS": 160, "MAXNREG": 128}
-_MORE = {**_SMALL, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96}
+# holds the tokens. _STREAM leaves registers free on each processor, for a small kernel before or after it.
+_STREAM = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 72, "PER": 2}
+_SOME = {**_STREAM, "NS": 10, "REGISTERS": 160, "MAXNREG": 128, "PER": 1}
+_MORE = {**_STREAM, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96, "PER": 1}
 _NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168, "PER": 1}
 _WIDE = {**_NARROW, "BM": 256, "BK": 64, "NS": 5, "REGISTERS": 232}
 _TALL = {**_NARROW, "REST": 2, "REGISTERS": 232}
-_SMALL_WEIGHT = 24 << 20  # numbers in a weight
-_SOME_WEIGHT = 80 << 20
+_SOME_WEIGHT = 80 << 20  # numbers in a weight
 _FULL = 0.96  # share of the time that programs must be busy with whole tiles
 PIECE = 32  # tokens that go to memory through shared memory at a time
-
-
-def _decode(weights: int) -> dict[str, Any]:
-    return _SMALL if weights <= _SMALL_WEIGHT else _STREAM
 
 
 def _middle(M: int, weights: int) -> dict[str, Any]:
