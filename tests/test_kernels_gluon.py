@@ -169,9 +169,9 @@ def test_warpgroups_read_the_steps_they_wait_for(seed: int) -> None:
         pipeline(NS, KWG, lengths, seed)
 
 
-def run_ptx(bits: int, kind: str, asymmetric: bool, inputs: list[int]) -> list[int]:
+def run_ptx(bits: int, kind: str, asymmetric: bool, late: bool, inputs: list[int]) -> list[int]:
     """The statement of `dequantize_asm`, instruction by instruction: 16-bit outputs."""
-    text, constraints = dequantize_asm(bits, kind, asymmetric)
+    text, constraints = dequantize_asm(bits, kind, asymmetric, late)
     outputs = constraints.split(",").count("=h")
     assert constraints.split(",").count("r") == len(inputs)
     registers: dict[str, int] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
@@ -229,17 +229,20 @@ def pair_of(number: float, kind: str) -> int:
     return half | half << 16
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_ptx_gives_the_weights_bit_for_bit(bits: int, kind: str, asymmetric: bool) -> None:
-    """Lane by lane over packed blocks, against `QuantizedTensor.dequantize`."""
+def test_ptx_gives_the_weights_bit_for_bit(bits: int, kind: str, asymmetric: bool, late: bool) -> None:
+    """Lane by lane over packed blocks, against `QuantizedTensor.dequantize`; with late scales, at a scale of one."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float16
     scheme = WeightScheme(bits, None, symmetric=not asymmetric)
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(scheme.qmin, scheme.qmax + 1, (16, 64), generator=generator).to(torch.int8)
     zero = torch.randint(scheme.qmin, scheme.qmax + 1, (16, 1), generator=generator).to(torch.int8)
     scale = (torch.randn(16, 1, generator=generator) * 0.1).to(dtype)
+    if late:
+        scale = torch.ones_like(scale)
     qt = QuantizedTensor(codes, scale, zero if asymmetric else None, scheme)
     expected = qt.dequantize(dtype).view(torch.uint16).to(torch.int32)
     words = [w.view(-1).to(torch.int64) & 0xFFFFFFFF for w in fragments.pack(qt, dtype).words]
@@ -254,8 +257,8 @@ def test_ptx_gives_the_weights_bit_for_bit(bits: int, kind: str, asymmetric: boo
             else:
                 at = {4: 4 * lane + call, 2: 2 * lane + call, 8: 128 * (call // 4) + 4 * lane + call % 4}[bits]
                 mine, first, rows_here, zeros_here = [words[0][at]], call * (32 // bits // 2), rows, zeros
-            inputs = [int(w) for w in mine] + rows_here + (zeros_here if asymmetric else [])
-            for i, half in enumerate(run_ptx(bits, kind, asymmetric, inputs)):
+            inputs = [int(w) for w in mine] + ([] if late else rows_here) + (zeros_here if asymmetric else [])
+            for i, half in enumerate(run_ptx(bits, kind, asymmetric, late, inputs)):
                 f, e = first + i // 2, i % 2
                 row = 8 * (f & 1) + g
                 column = 32 * (f >> 3) + 16 * (f >> 2 & 1) + 8 * (f >> 1 & 1) + 2 * t + e

@@ -2,7 +2,7 @@
 
 A field of a word is merged into the mantissa of a 16-bit float by one logic operation (2^7 + u in bf16, 2^10 + u in
 fp16), the offset is taken off exactly, then the zero point, and the scale is multiplied with one rounding: what
-`QuantizedTensor.dequantize` gives in that dtype, bit for bit.
+`QuantizedTensor.dequantize` gives in that dtype, bit for bit. Or the scale is left to the accumulator (`late`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def _pair(value: float, dtype: str) -> str:
 class _Writer:
     """PTX of one asm statement: inputs follow the 16-bit outputs, two to a pair."""
 
-    def __init__(self, dtype: str, pairs: int, inputs: int, asymmetric: bool) -> None:
+    def __init__(self, dtype: str, pairs: int, inputs: int, asymmetric: bool, late: bool) -> None:
         self.suffix, self.magic, self.base = _PAIRS[dtype]
-        self.dtype, self.pairs, self.asymmetric = dtype, pairs, asymmetric
+        self.dtype, self.pairs, self.asymmetric, self.late = dtype, pairs, asymmetric, late
         self.lines = ["{", ".reg .b32 t, u, v, p;"]
+        self.offsets: dict[tuple[float, int], str] = {}  # (number, its zero point) -> the register of their difference
         self.first = 2 * pairs  # operand number of the first input
         self.constraints = ",".join(["=h"] * (2 * pairs) + ["r"] * inputs)
 
@@ -45,21 +46,31 @@ class _Writer:
             source = "t"
         self.lines.append(f"lop3.b32 p, {source}, 0x{mask:04x}{mask:04x}, {self.magic_pair()}, 0xea;")
 
-    def center(self, offset: int, up: int = 0) -> None:
-        """p holds magic + 2^up · field; make it field - offset, exactly."""
-        rest = -(self.base / (1 << up) + offset)
-        self.lines.append(f"mov.b32 u, {_pair(rest, self.dtype)};")
+    def center(self, offset: int, zero: int, up: int = 0) -> None:
+        """p holds magic + 2^up · field; make it field - offset, less the zero point (input `zero`), exactly."""
+        rest = self.rest(-(self.base / (1 << up) + offset), zero)
         if up == 0:
-            self.lines.append(f"add.rn.{self.suffix} p, p, u;")
+            self.lines.append(f"add.rn.{self.suffix} p, p, {rest};")
         else:
             self.lines.append(f"mov.b32 v, {_pair(2.0**-up, self.dtype)};")
-            self.lines.append(f"fma.rn.{self.suffix} p, p, v, u;")
+            self.lines.append(f"fma.rn.{self.suffix} p, p, v, {rest};")
 
-    def finish(self, pair: int, scale: int, zero: int) -> None:
-        """Subtract the zero point (input `zero`), multiply by the scale (input `scale`), write out pair `pair`."""
-        if self.asymmetric:
-            self.lines.append(f"sub.rn.{self.suffix} p, p, ${self.first + zero};")
-        self.lines.append(f"mul.rn.{self.suffix} p, p, ${self.first + scale};")
+    def rest(self, number: float, zero: int) -> str:
+        """The register of a pair of `number`, less the zero point: computed once for all pairs that need it."""
+        if not self.asymmetric:
+            self.lines.append(f"mov.b32 u, {_pair(number, self.dtype)};")
+            return "u"
+        if (number, zero) not in self.offsets:
+            name = self.offsets[number, zero] = f"c{len(self.offsets)}"
+            self.lines.append(f".reg .b32 {name};")
+            self.lines.append(f"mov.b32 {name}, {_pair(number, self.dtype)};")
+            self.lines.append(f"sub.rn.{self.suffix} {name}, {name}, ${self.first + zero};")
+        return self.offsets[number, zero]
+
+    def finish(self, pair: int, scale: int) -> None:
+        """Multiply by the scale (input `scale`), write out pair `pair`."""
+        if not self.late:
+            self.lines.append(f"mul.rn.{self.suffix} p, p, ${self.first + scale};")
         self.lines.append(f"mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, p;")
 
     def text(self) -> str:
@@ -67,30 +78,33 @@ class _Writer:
 
 
 @cache
-def dequantize_asm(bits: int, dtype: str, asymmetric: bool) -> tuple[str, str]:
+def dequantize_asm(bits: int, dtype: str, asymmetric: bool, late: bool) -> tuple[str, str]:
     """The PTX statement for one word (three for 3 bits) of `bits`, and its operand constraints.
 
-    Inputs: the words; then the scale of row g and of row g + 8 (for 3 bits those of both halves of a block: four),
-    then as many zero points. Outputs: pair after pair, e = 0 and 1, in the order of f (see `kernels.fragments`).
+    Inputs: the words; then, unless the scale comes `late`, that of row g and of row g + 8 (for 3 bits those of both
+    halves of a block: four), then as many zero points. Outputs: pair after pair, e = 0 and 1, in the order of f (see
+    `kernels.fragments`).
     """
-    words, pairs, scales = {4: (1, 4, 2), 2: (1, 8, 2), 3: (3, 16, 4), 8: (1, 2, 2)}[bits]
-    w = _Writer(dtype, pairs, words + scales * (2 if asymmetric else 1), asymmetric)
+    words, pairs, each = {4: (1, 4, 2), 2: (1, 8, 2), 3: (3, 16, 4), 8: (1, 2, 2)}[bits]
+    scales = 0 if late else each
+    w = _Writer(dtype, pairs, words + scales + (each if asymmetric else 0), asymmetric, late)
     source = f"${w.first}"
     for f in range(pairs):
         j0 = f % 2
         scale = words + (f // 8 * 2 if bits == 3 else 0) + j0
+        zero = scale + scales
         if bits == 4:
             w.take(source, 4 * f, 0x000F)
-            w.center(8)
+            w.center(8, zero)
         elif bits == 2:
             up = 2 * (f % 3)  # three fields fit into the mantissa before a shift is needed
             w.take(source, 2 * (f - f % 3), 3 << up)
-            w.center(2, up)
+            w.center(2, zero, up)
         elif bits == 3 and f < 15:
             i, at = divmod(f, 5)
             up = 3 * (at % 2)
             w.take(f"${w.first + i}", 3 * (at - at % 2), 7 << up)
-            w.center(4, up)
+            w.center(4, zero, up)
         elif bits == 3:
             # Code 15 is spread over bit 15 of the three words.
             w.lines.append(f"shr.u32 t, ${w.first}, 15;")
@@ -99,7 +113,7 @@ def dequantize_asm(bits: int, dtype: str, asymmetric: bool) -> tuple[str, str]:
             w.lines.append("lop3.b32 p, t, 0x00020002, p, 0xea;")
             w.lines.append(f"shr.u32 t, ${w.first + 2}, 13;")
             w.lines.append("lop3.b32 p, t, 0x00040004, p, 0xea;")
-            w.center(4)
+            w.center(4, zero)
         elif dtype == "bf16":
             # Two's complement: seven bits in the mantissa, and the sign as the lowest bit of the exponent, which
             # turns 128 into 256; the difference of the two is the code.
@@ -109,10 +123,12 @@ def dequantize_asm(bits: int, dtype: str, asymmetric: bool) -> tuple[str, str]:
             w.lines.append(f"lop3.b32 u, {word}, 0x00800080, {w.magic_pair()}, 0xea;")
             w.lines.append(f"lop3.b32 p, {word}, 0x007f007f, {w.magic_pair()}, 0xea;")
             w.lines.append(f"sub.rn.{w.suffix} p, p, u;")
+            if asymmetric:
+                w.lines.append(f"sub.rn.{w.suffix} p, p, ${w.first + zero};")
         else:
             w.lines.append(f"shr.u32 t, {source}, {8 * f};")
             w.lines.append("and.b32 t, t, 0x00ff00ff;")
             w.lines.append(f"lop3.b32 p, t, 0x00800080, {w.magic_pair()}, 0xbe;")  # (t ^ 0x80) | magic
-            w.center(128)
-        w.finish(f, scale, scale + scales)
+            w.center(128, zero)
+        w.finish(f, scale)
     return w.text(), w.constraints

@@ -24,8 +24,8 @@ class Config:
     band.
     Warpgroups: NWG, of which KWG take the same rows and share the steps; REST * 64 rows each; REGISTERS of one that is
     not the first, MAXNREG of a thread on average.
-    Ways: PEERS pieces of a tile are read at a time when they are added up; TMA_OUT writes results through shared
-    memory; PER programs run on a processor.
+    Ways: LATE multiplies scales onto the sums of a step, not onto weights; PEERS pieces of a tile are read at a time
+    when they are added up; TMA_OUT writes results through shared memory; PER programs run on a processor.
     """
 
     BITS: int
@@ -43,6 +43,7 @@ class Config:
     REGISTERS: int
     MAXNREG: int
     KWG: int = 1
+    LATE: bool = False
     PEERS: int = 1
     PER: int = 1
     TMA_OUT: bool = False
@@ -58,12 +59,12 @@ class Config:
     @property
     def asm(self) -> str:
         """PTX of the dequantization."""
-        return dequantize_asm(self.BITS, self.KIND, self.ASYM)[0]
+        return dequantize_asm(self.BITS, self.KIND, self.ASYM, self.LATE)[0]
 
     @property
     def constraints(self) -> str:
         """Its operand constraints."""
-        return dequantize_asm(self.BITS, self.KIND, self.ASYM)[1]
+        return dequantize_asm(self.BITS, self.KIND, self.ASYM, self.LATE)[1]
 
     @property
     def BN(self) -> int:
@@ -173,6 +174,7 @@ _MORE = {**_STREAM, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96, "PER": 1}
 _NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168, "PER": 1}
 _WIDE = {**_NARROW, "BM": 256, "BK": 64, "NS": 5, "REGISTERS": 232}
 _TALL = {**_NARROW, "REST": 2, "REGISTERS": 232}
+_FEW = 64  # tokens whose sums are no more numbers than the weights they come from
 _SOME_WEIGHT = 80 << 20  # numbers in a weight
 _FULL = 0.96  # share of the time that programs must be busy with whole tiles
 PIECE = 32  # tokens that go to memory through shared memory at a time
@@ -217,6 +219,7 @@ def _finish(
         REGISTERS=tiles["REGISTERS"],
         MAXNREG=tiles["MAXNREG"],
         PER=tiles["PER"],
+        LATE=BM <= _FEW and groups == 1,
         PEERS=4 if BM <= 16 else 2 if BM <= 32 else 1,
         TMA_OUT=BM >= 128 and N % 8 == 0,
     )

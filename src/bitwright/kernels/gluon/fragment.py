@@ -98,6 +98,17 @@ def _four_per_word(pair0, pair1, words, C: gl.constexpr):
         return a0, a1, a0, a1
 
 
+@gluon.jit
+def _inputs(pairs, words, C: gl.constexpr):
+    """Scales or zero points, as `load_rows` gives them, as operands of the statement for each of the words."""
+    p0, p1 = pairs
+    if C.BITS == 3:
+        a0, a1, b0, b1 = _four_per_word(p0, p1, words, C)
+        return [a0, a1, b0, b1]
+    else:
+        return [_per_word(p0, words, C), _per_word(p1, words, C)]
+
+
 @gluon.constexpr_function
 def _types(kind, count):
     return ((gl.bfloat16 if kind == "bf16" else gl.float16),) * count
@@ -116,27 +127,15 @@ def operand(words0, words1, scale, zero, C: gl.constexpr, OPERAND: gl.constexpr)
     REST: gl.constexpr = C.REST
     KB: gl.constexpr = C.BK // 64
     TYPES: gl.constexpr = _types(C.KIND, 32 if BITS == 3 else 32 // BITS)
-    s0, s1 = scale
-    z0, z1 = zero
+    words = [words0]
     if BITS == 3:
         v0, v1 = gl.split(words0.reshape([4 * REST, KB * 32, 2]))
-        v2 = gl.convert_layout(words1, v0.type.layout, True)
-        scales = _four_per_word(s0, s1, v0, C)
-        if C.ASYM:
-            zeros = _four_per_word(z0, z1, v0, C)
-            words = [v0, v1, v2, scales[0], scales[1], scales[2], scales[3], zeros[0], zeros[1], zeros[2], zeros[3]]
-            o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
-        else:
-            words = [v0, v1, v2, scales[0], scales[1], scales[2], scales[3]]
-            o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
-    else:
-        t0 = _per_word(s0, words0, C)
-        t1 = _per_word(s1, words0, C)
-        if C.ASYM:
-            words = [words0, t0, t1, _per_word(z0, words0, C), _per_word(z1, words0, C)]
-            o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
-        else:
-            o = gl.inline_asm_elementwise(ASM, CONS, [words0, t0, t1], TYPES, True, 1)
+        words = [v0, v1, gl.convert_layout(words1, v0.type.layout, True)]
+    if not C.LATE:
+        words = words + _inputs(scale, words[0], C)
+    if C.ASYM:
+        words = words + _inputs(zero, words[0], C)
+    o = gl.inline_asm_elementwise(ASM, CONS, words, TYPES, True, 1)
     # Output 2 f + e; joining adds the bits of that number as dimensions, lowest first.
     if BITS == 4:
         w = join8(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])

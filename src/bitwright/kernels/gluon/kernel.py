@@ -12,15 +12,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from bitwright.kernels.gluon.fragment import load_rows, operand, word_layout
+from bitwright.kernels.gluon.steps import then_scales, with_scales
 from bitwright.kernels.gluon.sums import gather, settle
 from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
 from bitwright.kernels.gluon.write import write
@@ -175,20 +170,15 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
     """One warpgroup: its rows of every tile, or its share of the steps."""
     buffers, full, empty, output, bias, partial, counters, problem, division = use
     N, nk = problem[1], problem[4]
-    words0, words1, xs, scales, zeros = buffers
     out, out_desc, stages, gathered, given, taken = output
     tiles, tiles_whole, per = division
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C.BM, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROWS: gl.constexpr = 64 * C.REST
-    BLOCKS: gl.constexpr = 4 * C.REST
     BM: gl.constexpr = C.BM
     # Warpgroups share a tile by rows, or all take the same rows and every KWG-th of the program's steps.
     KWG: gl.constexpr = C.KWG
     STEP: gl.constexpr = WG % KWG
     PART: gl.constexpr = WG // KWG
-    LW0: gl.constexpr = word_layout(C.BITS, 0, BLOCKS, C.BK // 64)
-    LW1: gl.constexpr = word_layout(C.BITS, 1 if C.BITS == 3 else 0, BLOCKS, C.BK // 64)
     rn = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
     rm = gl.arange(0, C.BM, gl.SliceLayout(0, MMA))
     whole, pieces, first_unit, last_unit = plan(tiles, tiles_whole, per, nk)
@@ -201,20 +191,10 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
         # skipped a phase of a barrier would take the one before it for the one after.
         it = base + (STEP + KWG - base % KWG) % KWG
         base += k1 - k0
-        s = it % C.NS
-        mbarrier.wait(full.index(s), (it // C.NS) & 1, pred=it < base)
-        a = _operand(words0, words1, scales, zeros, s, PART, C, LW0, LW1, OPERAND)
-        for _step in range(it, base, KWG):
-            s = it % C.NS
-            acc = warpgroup_mma(a, xs.index(s).permute((1, 0)), acc, is_async=True)
-            # The next operand is made while this product runs; past the end the old stage is read once more.
-            it += KWG
-            more = it < base
-            s2 = gl.where(more, it % C.NS, s)
-            mbarrier.wait(full.index(s2), (it // C.NS) & 1, pred=more)
-            a = _operand(words0, words1, scales, zeros, s2, PART, C, LW0, LW1, OPERAND)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(s), count=1)
+        if C.LATE:
+            acc = then_scales(acc, it, base, buffers, full, empty, PART, C)
+        else:
+            acc = with_scales(acc, it, base, buffers, full, empty, PART, C)
         if KWG > 1:
             acc = gather(acc, gathered, given, taken, i, STEP, PART, C)
         if STEP == 0:
@@ -226,29 +206,3 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
                 write(acc, out, out_desc, stages.index(PART), bias, m0, n0, rm, rn, end, N, C)
     if C.TMA_OUT:
         tma.store_wait(0)
-
-
-@gluon.jit
-def _operand(
-    words0,
-    words1,
-    scales,
-    zeros,
-    s,
-    WG: gl.constexpr,
-    C: gl.constexpr,
-    LW0: gl.constexpr,
-    LW1: gl.constexpr,
-    OPERAND: gl.constexpr,
-):
-    """The warpgroup's part of stage s."""
-    BLOCKS: gl.constexpr = 4 * C.REST
-    w0 = words0.index(s).slice(WG * BLOCKS, BLOCKS, 0).load(LW0)
-    w1 = w0
-    if C.BITS == 3:
-        w1 = words1.index(s).slice(WG * BLOCKS, BLOCKS, 0).load(LW1)
-    scale = load_rows(scales.index(s), WG, BLOCKS)
-    zero = scale
-    if C.ASYM:
-        zero = load_rows(zeros.index(s), WG, BLOCKS)
-    return operand(w0, w1, scale, zero, C, OPERAND)
