@@ -70,7 +70,7 @@ def prefill(records: Sequence[Record]) -> str:
 
 def throughput(records: Sequence[Record]) -> str:
     """Tokens per second and GPU at the best batch."""
-    return _by_gpu(_of(records, "throughput-best"), _throughput_table)
+    return _by_gpu(_of(records, "throughput", lambda r: r["status"] == "ok"), _throughput_table)
 
 
 def memory(records: Sequence[Record]) -> str:
@@ -220,7 +220,7 @@ def _decode_table(records: list[Record]) -> str:
 
 
 def _prefill_table(records: list[Record]) -> str:
-    rows = _of_models(records, ("batch", "length"))
+    rows = _of_models(records, ("batch", "length", "layers_timed"))
     columns = {
         **_models_and_schemes(rows),
         "prompts": [f"{r['batch']} × {r['length']}" for r in rows],
@@ -235,28 +235,48 @@ def _prefill_table(records: list[Record]) -> str:
 
 
 def _throughput_table(records: list[Record]) -> str:
-    rows = _of_models(records, ("context", "memory_bytes"))
+    """A sweep over batches a row; compared where memory is full, with 16 bits on as few GPUs as hold the model."""
+    sweeps = _grouped(records, lambda r: (r["model"], r["context"], r["memory_bytes"], r["scheme"], r["gpus"]))
+    of = [{r["batch"]: r for r in members} for members in sweeps.values()]
+    full = [sweep[max(sweep)] for sweep in of]
+    fewest = [
+        min((d for d in full if _same_problem(d, r) and d["scheme"] == d["dtype"]), key=_gpus, default=None)
+        for r in full
+    ]
+    rate = "tokens_per_second_per_gpu"
+    doublings = sorted({b for sweep in of for b in sweep if b & (b - 1) == 0})
     columns = {
-        **_models_and_schemes(rows),
-        "context": [str(r["context"]) for r in rows],
-        "GPUs": [str(r["gpus"]) for r in rows],
-        "batch": [str(r["batch"]) for r in rows],
-        "ms per step": [_milli(r, "seconds_per_token", ".1f") for r in rows],
-        "tokens/s per GPU": [_form(r, "tokens_per_second_per_gpu", ".0f") for r in rows],
-        "times 16-bit": [_form(r, "speedup_over_dense", ".2f") for r in rows],
+        **_models_and_schemes(full),
+        "context": [str(r["context"]) for r in full],
+        "GPUs": [str(r["gpus"]) for r in full],
+        **{f"batch {b}": [_form(sweep.get(b), rate, ".0f") for sweep in of] for b in doublings},
+        "memory full": [f"batch {r['batch']}: {_form(r, rate, '.0f')}" for r in full],
+        "times 16-bit on the fewest": [
+            MISSING if d is None else f"{r[rate] / d[rate]:.2f}" for r, d in zip(full, fewest, strict=True)
+        ],
     }
-    notes = sorted({r["note"] for r in records if r.get("note")})
-    what = "; ".join(["the best batch of those that fit", *notes])
+    notes = sorted({note for r in records if r.get("note") for note in r["note"].split("; ")})
+    what = "; ".join(["tokens per second and GPU", *notes])
     return markdown(columns, ("model", "scheme")) + "\n" + _caption(records, what, "throughput")
+
+
+def _same_problem(a: Record, b: Record) -> bool:
+    return all(a[key] == b[key] for key in ("model", "context", "memory_bytes"))
+
+
+def _gpus(r: Record) -> int:
+    return int(r["gpus"])
 
 
 def _of_models(records: Sequence[Record], keys: tuple[str, ...]) -> list[Record]:
     """The last record of every model, scheme and `keys`, in order of appearance of models and schemes."""
-    groups = _grouped(records, lambda r: (r["model"], *(r[key] for key in keys), r["scheme"]))
+    groups = _grouped(records, lambda r: (r["model"], *(r.get(key, 0) for key in keys), r["scheme"]))
     models = list(dict.fromkeys(r["model"] for r in records))
     schemes = list(dict.fromkeys(r["scheme"] for r in records))
     rows = [members[-1] for members in groups.values()]
-    return sorted(rows, key=lambda r: (models.index(r["model"]), *(r[k] for k in keys), schemes.index(r["scheme"])))
+    return sorted(
+        rows, key=lambda r: (models.index(r["model"]), *(r.get(k, 0) for k in keys), schemes.index(r["scheme"]))
+    )
 
 
 def _models_and_schemes(rows: Sequence[Record]) -> dict[str, list[str]]:

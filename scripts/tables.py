@@ -1,7 +1,7 @@
-"""Write the README's tables from the records: benchmarks/quality.jsonl of scripts/quality.py, and benchmarks/gpu.jsonl
-of `bitwright bench` (`gpu_tables`).
+"""Write tables from the records: benchmarks/quality.jsonl of scripts/quality.py, and benchmarks/gpu.jsonl of
+`bitwright bench` (`gpu_tables`).
 
-    python scripts/tables.py            # rewrites the tables in README.md in place
+    python scripts/tables.py            # rewrites the tables in README.md and benchmarks/GPU.md in place
     python scripts/tables.py --check    # exit code 1 if they are not what the records say
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is one of `TABLES` or `GPU_TABLES`. Records of
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "quality.jsonl"
 GPU_RECORDS = ROOT / "benchmarks" / "gpu.jsonl"
 README = ROOT / "README.md"
+GPU_PAGE = ROOT / "benchmarks" / "GPU.md"
 
 UNQUANTIZED = "fp"
 FAMILIES = ("opt", "falcon", "mixtral")
@@ -312,7 +313,7 @@ def _mega(value: float | None) -> float | None:
 
 
 def rewritten(readme: str, records: Sequence[Record], gpu_records: Sequence[Record] = ()) -> str:
-    """The README with every marked table made anew. ValueError names a table that is not known."""
+    """A page with every marked table made anew. ValueError names a table that is not known."""
     rows = rows_of(records)
 
     def replace(match: re.Match[str]) -> str:
@@ -320,7 +321,7 @@ def rewritten(readme: str, records: Sequence[Record], gpu_records: Sequence[Reco
         if name in GPU_TABLES:
             return f"{match[1]}{GPU_TABLES[name](gpu_records)}{match[3]}"
         if name not in TABLES:
-            raise ValueError(f"the README marks a table {name!r}; known are {', '.join([*TABLES, *GPU_TABLES])}")
+            raise ValueError(f"the page marks a table {name!r}; known are {', '.join([*TABLES, *GPU_TABLES])}")
         return f"{match[1]}{TABLES[name](rows)}{match[3]}"
 
     return _MARKED.sub(replace, readme)
@@ -328,24 +329,28 @@ def rewritten(readme: str, records: Sequence[Record], gpu_records: Sequence[Reco
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is stale")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--readme", type=Path, nargs="+", default=[README, GPU_PAGE], help="pages with marked tables")
     args = parser.parse_args(arguments)
     if not args.records.exists():
         print(f"{args.records}: there are no records; scripts/quality.py makes them", file=sys.stderr)
         return 1
-    before = args.readme.read_text(encoding="utf-8")
-    gpu_records = read_records(args.gpu_records) if args.gpu_records.exists() else []
-    after = rewritten(before, read_records(args.records), gpu_records)
-    if before == after:
-        return 0
-    if args.check:
-        print(f"{args.readme}: its tables are not those of {args.records}; run scripts/tables.py", file=sys.stderr)
-        return 1
-    args.readme.write_text(after, encoding="utf-8")
-    return 0
+    quality = read_records(args.records)
+    speed = read_records(args.gpu_records) if args.gpu_records.exists() else []
+    stale = False
+    for page in args.readme:
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before, quality, speed)
+        if before == after:
+            continue
+        stale = True
+        if args.check:
+            print(f"{page}: its tables are not those of the records; run scripts/tables.py", file=sys.stderr)
+        else:
+            page.write_text(after, encoding="utf-8")
+    return int(stale and args.check)
 
 
 if __name__ == "__main__":

@@ -315,11 +315,16 @@ def test_prefill_throughput_and_memory_tables() -> None:
     gpu = _script("gpu_tables")
     (row,) = grid(gpu.prefill([whole("prefill", "w4a16-g128")]))
     assert (row["prompts"], row["ms"]) == ("1 × 512", "20.0")
-    best = whole(
-        "throughput-best", "w4a16-g128", gpus=1, memory_bytes=8e10, tokens_per_second_per_gpu=70.4, note="n.b."
-    )
-    table = gpu.throughput([best, best | {"benchmark": "throughput"}])
-    assert [row["tokens/s per GPU"] for row in grid(table)] == ["70"] and "n.b." in table
+    one = whole("throughput", "w4a16-g128", gpus=1, memory_bytes=8e10, tokens_per_second_per_gpu=70.4, note="n.b.")
+    sweep = [one | {"batch": 2}, one | {"batch": 3, "tokens_per_second_per_gpu": 90.0}]
+    dense = [
+        one | {"scheme": "bfloat16", "gpus": gpus, "batch": 2, "tokens_per_second_per_gpu": rate}
+        for gpus, rate in ((4, 50.0), (2, 30.0))
+    ]
+    table = gpu.throughput([*dense, *sweep, sweep[0] | {"benchmark": "throughput-best"}])
+    rows = grid(table)
+    assert [row["batch 2"] for row in rows] == ["50", "30", "70"] and "n.b." in table
+    assert rows[2]["memory full"] == "batch 3: 90" and rows[2]["times 16-bit on the fewest"] == "3.00"
     from bitwright.bench import memory
 
     records = memory.run(memory.Options(device="cpu", check=False))
