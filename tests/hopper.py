@@ -5,10 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+
+
+class Assembled(NamedTuple):
+    """What ptxas made: its messages, spilled bytes, bytes of shared memory."""
+
+    ptx: str
+    said: str
+    spilled: int
+    shared: int
+    cubin: bytes
 
 
 def tensor(dtype: str, shape: list[int], layout: Any) -> str:
@@ -18,8 +28,8 @@ def tensor(dtype: str, shape: list[int], layout: Any) -> str:
 
 def assemble(
     kernel: Any, signature: dict[str, str], config: Any, aligned: tuple[str, ...], options: dict[str, Any], folder: Path
-) -> tuple[str, str, int, int]:
-    """(PTX, what ptxas says, spilled bytes, bytes of shared memory) of a kernel with parameters C and num_warps last.
+) -> Assembled:
+    """A kernel with parameters C and num_warps last.
 
     aligned: arguments that are multiples of 16.
     """
@@ -38,4 +48,4 @@ def assemble(
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled is not None
-    return ptx, said, int(spilled[1]), made.metadata.shared
+    return Assembled(ptx, said, int(spilled[1]), made.metadata.shared, made.asm["cubin"])

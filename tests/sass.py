@@ -36,9 +36,9 @@ def overwritten(sass: str) -> list[str]:
 
 
 def loops(sass: str) -> list[list[Instruction]]:
-    """Bodies of the innermost loops that hold a product."""
+    """Bodies of the innermost loops that hold a product; branches within are passed over."""
     instructions: list[Instruction] = []
-    bodies = []
+    found_loops: list[tuple[int, int]] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -47,9 +47,14 @@ def loops(sass: str) -> list[list[Instruction]]:
             instructions.append((found[1], found[2]))
             target = re.search(r"\.L_x_\d+", found[2]) if found[1].startswith("BRA") else None
             if target and target[0] in labels:
-                bodies.append(instructions[labels[target[0]] :])
-    multiplying = [b for b in bodies if any(_PRODUCT.match(operation) for operation, _ in b)]
-    return [b for b in multiplying if sum(operation.startswith("BRA") for operation, _ in b) == 1]
+                found_loops.append((labels[target[0]], len(instructions)))
+    holding = [
+        (begin, end)
+        for begin, end in found_loops
+        if any(_PRODUCT.match(operation) for operation, _ in instructions[begin:end])
+    ]
+    innermost = [a for a in holding if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in holding)]
+    return [instructions[begin:end] for begin, end in innermost]
 
 
 def _overwritten(body: list[Instruction]) -> Iterator[str]:

@@ -21,6 +21,9 @@ from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WeightScheme
 
 triton = pytest.importorskip("triton")
+import sass  # noqa: E402
+from hopper import Assembled, assemble, tensor  # noqa: E402
+
 known = pytest.mark.skipif(
     not triton.__version__.startswith("3.6."), reason="the kernel is written for the Gluon of Triton 3.6"
 )
@@ -267,9 +270,8 @@ def test_ptx_gives_the_weights_bit_for_bit(bits: int, kind: str, asymmetric: boo
                 assert half == found or (half | found) == 0x8000, (lane, call, i)
 
 
-def compiled(c: Config, folder: Path) -> tuple[str, str, int, int]:
-    """What `hopper.assemble` gives of a configuration."""
-    from hopper import assemble, tensor
+def compiled(c: Config, folder: Path) -> Assembled:
+    """A configuration for sm_90."""
     from triton.experimental.gluon import language as gl
 
     from bitwright.kernels.gluon.kernel import fragment_gemm
@@ -326,7 +328,8 @@ HOT = (
 @known
 @pytest.mark.parametrize("c", HOT, ids=lambda c: f"w{c.BITS}-{c.BM}x{c.BN}x{c.BK}{'-experts' * bool(c.EXPERTS)}")
 def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
-    ptx, said, spilled, _ = compiled(c, tmp_path)
+    made = compiled(c, tmp_path)
+    ptx, said, spilled = made.ptx, made.said, made.spilled
     # A few numbers kept aside between tiles cost nothing; in the loop it would be hundreds of bytes.
     assert spilled <= 32
     # A warning of this family says that the products of a step no longer run beside the making of the next operand.
@@ -335,3 +338,6 @@ def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     products = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, (\{[^}]*\}|%\w+),", ptx)
     assert products and all(left.count("%") == 4 for left in products)
     assert f"m64n{c.BM}k16" in ptx
+    # Nothing writes a register that a product may still be reading, in the loop of either kind of warpgroup.
+    code = sass.disassembled(made.cubin, tmp_path)
+    assert sass.loops(code) and not sass.overwritten(code)

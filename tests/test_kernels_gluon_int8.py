@@ -11,6 +11,9 @@ triton = pytest.importorskip("triton")
 if not triton.__version__.startswith("3.6."):
     pytest.skip("the kernel is written for the Gluon of Triton 3.6", allow_module_level=True)
 
+import sass  # noqa: E402
+from hopper import Assembled, assemble, tensor  # noqa: E402
+
 from bitwright.kernels.gluon import int8  # noqa: E402
 from bitwright.kernels.gluon.int8 import Config, choose  # noqa: E402
 from bitwright.kernels.int8_fragments import STEP  # noqa: E402
@@ -25,10 +28,8 @@ CHOICES = [
 ]
 
 
-def compiled(c: Config, kind: str, folder: Path) -> tuple[str, str, int, int]:
-    """What `hopper.assemble` gives of a configuration for outliers and results of `kind`."""
-    from hopper import assemble, tensor
-
+def compiled(c: Config, kind: str, folder: Path) -> Assembled:
+    """A configuration for sm_90, outliers and results of `kind`."""
     from bitwright.kernels.gluon.int8_kernel import int8_gemm
 
     tokens = tensor("i8", [c.BM, STEP], int8.CODES)
@@ -55,7 +56,8 @@ def compiled(c: Config, kind: str, folder: Path) -> tuple[str, str, int, int]:
 @pytest.mark.parametrize("c", CHOICES, ids=str)
 def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     kind = "fp16" if c.BIAS else "bf16"
-    ptx, said, spilled, shared = compiled(c, kind, tmp_path)
+    made = compiled(c, kind, tmp_path)
+    ptx, said, spilled, shared = made.ptx, made.said, made.spilled, made.shared
     # Results written value by value need addresses; a few numbers kept aside after the loop cost nothing.
     assert spilled <= (0 if c.TMA_OUT else 128)
     assert shared <= 227 << 10
@@ -67,6 +69,8 @@ def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     # Outliers go on top of the registers that hold the sum, and no product is fused with a sum before them.
     assert bool(re.search(r"wgmma\.mma_async\S+\.f32\.(bf16\.bf16|f16\.f16)", ptx)) == (c.OK > 0)
     assert "fma.rn.f32" not in ptx and "mul.rn.f32" in ptx
+    code = sass.disassembled(made.cubin, tmp_path)
+    assert sass.loops(code) and not sass.overwritten(code), "a register changes that a product may be reading"
 
 
 def test_tiles_follow_the_rounds_of_programs() -> None:
@@ -82,4 +86,4 @@ def test_a_stage_holds_a_step_of_outliers(c: Config) -> None:
     """They take the memory of a step of base columns, of the weight and of the tokens."""
     assert 2 * c.OK * c.BN <= c.BN * STEP * c.BITS // 8 and 2 * c.OK * c.BM <= c.BM * STEP
     assert 2 <= c.NS <= c.stages_that_fit
-    assert (4 * c.NWG + 4) * 32 * c.MAXNREG <= 65536
+    assert (4 * int8.NWG + 4) * 32 * c.MAXNREG <= 65536

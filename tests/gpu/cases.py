@@ -144,11 +144,15 @@ def check_experts(experts: Experts, case: Case, counts: tuple[int, ...], beyond:
 
 
 def check_error(linear: Linear, case: Case) -> None:
-    """Against float64 and the weight as it is: no more than 1.2 times the error of cuBLAS on the rounded weight."""
+    """Against float64: no more than 1.2 times the error of cuBLAS on the weight rounded to the dtype.
+
+    Few tokens may meet the weight unrounded, so they are measured from the weight as it is; many from the rounded one.
+    """
     qt = weight(case, seed=3, powers=False)
     x = torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(4)).to(case.dtype).cuda()
     dense = qt.dequantize(case.dtype).cuda()
-    exact = x.double() @ qt.dequantize(torch.float64).cuda().t()
+    weight_of = qt.dequantize(torch.float64).cuda() if case.M <= 64 else dense.double()
+    exact = x.double() @ weight_of.t()
     ours = linear(x, on(pack(qt, case.dtype), "cuda"), None)
     limit = 1.2 * relative(x @ dense.t(), exact)
     assert relative(ours, exact) <= limit, f"{case}: {relative(ours, exact):.3e} > {limit:.3e}"

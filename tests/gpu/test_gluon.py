@@ -102,3 +102,37 @@ def test_experts(case: Case, counts: tuple[int, ...], poison: None) -> None:
 @pytest.mark.parametrize("case", ACCURACY, ids=str)
 def test_error(case: Case, M: int) -> None:
     cases.check_error(gemm.linear, replace(case, M=M))
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 4096, 4096), (16, 22016, 4096), (48, 4096, 4096), (48, 22016, 4096), (100, 4096, 4096), (256, 8192, 8192)],
+)
+def test_overlapping_launches_write_every_tile(M: int, N: int, K: int) -> None:
+    """A chain of launches in a graph, every result kept and poisoned before each replay.
+
+    Each begins beside the one before. What is not written stays NaN, also where an older result would hide it.
+    """
+    there, back = (
+        [random(*shape, 4, 128, True, torch.bfloat16, "cuda") for _ in range(2)] for shape in ((N, K), (K, N))
+    )
+    x = torch.randn(M, K, device="cuda").to(torch.bfloat16)
+
+    def chain(apart: bool) -> list[torch.Tensor]:
+        results = [x]
+        for i in range(12):
+            results.append(gemm.linear(results[-1], (back if i % 2 else there)[i // 2 % 2], None))
+            if apart:
+                torch.cuda.synchronize()
+        return results[1:]
+
+    expected = chain(apart=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = chain(apart=False)
+    for _ in range(20):
+        for y in results:
+            y.fill_(float("nan"))
+        graph.replay()
+        for i, (y, right) in enumerate(zip(results, expected, strict=True)):
+            assert torch.equal(y, right), f"launch {i}: {int(y.isnan().sum())} of {y.numel()} values were not written"

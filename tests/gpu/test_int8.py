@@ -89,10 +89,10 @@ def check_tiles(tiles: Config, bits: int) -> None:
 
 
 def check_hopper_tiles(tiles: tuple[int, int, int, int], bits: int) -> None:
-    """Over several rounds of tiles on few programs: N, M and the last step ragged."""
+    """Over several rounds of tiles: N, M and the last step ragged; results written through TMA and value by value."""
     BM, REST, NS, GM = tiles
-    for M, O in ((150, 40), (700, 0)):
-        case = Case(bits, bits, M=M, N=5300, B=900, O=O, bias=True)
+    for M, N, O in ((150, 5300, 40), (700, 5304, 0), (1500, 5304, 16)):
+        case = Case(bits, bits, M=M, N=N, B=900, O=O, bias=True)
         c = hopper.choose(case.M, case.N, -(-O // 16) * 16, bits, case.bias, 132)
         c = replace(c, BM=BM, REST=REST, GM=GM, NS=2)
         c = replace(c, NS=min(NS, c.stages_that_fit))
@@ -204,17 +204,19 @@ def test_graphs_and_eager_calls_side_by_side() -> None:
             assert all(torch.equal(y, right) for y in outputs)
 
 
-def test_unaligned_operands() -> None:
-    """Codes and outliers that start in the middle of a buffer, at addresses that no wide load takes."""
-    given = list(on_gpu(SHARED_K))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("M", [5, 300])
+def test_unaligned_operands(M: int, bits: int) -> None:
+    """Codes, outliers and weights that start in the middle of a buffer, at addresses that no wide load takes."""
+    given = list(on_gpu(replace(SHARED_K, M=M, bits=bits, activation_bits=bits)))
     expected = int8_linear(*given)
-    for i in (0, 3):
+    for i in (0, 3, 4, 7):
         whole = torch.cat((given[i].new_zeros(1), given[i].flatten()))
         given[i] = whole[1:].view(given[i].shape)
     assert torch.equal(int8_linear(*given), expected)
 
 
-@pytest.mark.parametrize("case", [replace(SHARED_K, M=3), Case(8, 8)], ids=str)
+@pytest.mark.parametrize("case", [replace(SHARED_K, M=3), Case(8, 8), replace(SHARED_K, M=70)], ids=str)
 def test_opcheck(case: Case) -> None:
     torch.library.opcheck(int8_linear, on_gpu(case))
     torch.library.opcheck(int8_finish, int8_cases.on(int8_cases.finish_operands(case), "cuda"))

@@ -73,7 +73,8 @@ class PackedWeight(ABC):
     """A weight [N, K] prepared for one implementation.
 
     Calling it with x [M, K] in the problem's dtype gives x Wᵀ [M, N] in the same dtype. The weight it stands for is
-    `QuantizedTensor.dequantize` in float32 at every M; a path that multiplies in 16 bits rounds it once to those.
+    `QuantizedTensor.dequantize` in float32 at every M; a path that multiplies in 16 bits rounds it to those at most
+    once.
     """
 
     shape: tuple[int, int]

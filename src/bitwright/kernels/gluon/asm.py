@@ -1,8 +1,10 @@
 """PTX that turns words of packed codes into pairs of 16-bit floats.
 
 A field of a word is merged into the mantissa of a 16-bit float by one logic operation (2^7 + u in bf16, 2^10 + u in
-fp16), the offset is taken off exactly, then the zero point, and the scale is multiplied with one rounding: what
-`QuantizedTensor.dequantize` gives in that dtype, bit for bit. Or the scale is left to the accumulator (`late`).
+fp16), then the offset and the zero point are taken off together. Both are exact: zero points are whole numbers within
+the range of the codes, so that offset less zero point has at most 8 significant bits (11 for fp16). (Bytes in bf16 come
+otherwise, and the zero point by itself.) The scale is multiplied with one rounding: what `QuantizedTensor.dequantize`
+gives in that dtype, bit for bit. Or the scale is left to the accumulator (`late`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Words of packed codes -> the register operand of wgmma, in Gluon: extract, center, subtract, scale.
+"""Words of packed codes -> the register operand of wgmma, in Gluon: extract, center, and scale unless that comes later.
 
 Codes lie in the order in which wgmma wants its left operand in registers (`kernels.fragments`), so a thread turns the
 words it reads into its own part of the operand: no shared memory, no shuffle. A field of a word is merged into the
-mantissa of a 16-bit float by one logic operation, the offset is taken off exactly, and the scale is multiplied with
-one rounding: what `QuantizedTensor.dequantize` gives in that dtype, bit for bit.
+mantissa of a 16-bit float by one logic operation and the offset, zero point included, is taken off exactly. Then the
+scale is multiplied with one rounding: what `QuantizedTensor.dequantize` gives in that dtype, bit for bit; or, with
+LATE, it is left to the sum of the step (`steps.then_scales`), and the weight is not rounded at all.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def operand(words0, words1, scale, zero, C: gl.constexpr, OPERAND: gl.constexpr)
     """Words of one warpgroup -> the tile [rows, columns] of the weight as left operand of wgmma.
 
     words0, words1: int32 [row blocks, column blocks * words] (words1 for 3 bits only). scale, zero: as
-    `load_rows` gives them, for equal parts of the columns; zero is used with zero points only. C: a `Config`.
+    `load_rows` gives them, for equal parts of the columns; scale is not used with LATE, zero with zero points only.
+    C: a `Config`.
     """
     BITS: gl.constexpr = C.BITS
     ASM: gl.constexpr = C.asm

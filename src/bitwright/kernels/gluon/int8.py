@@ -20,6 +20,7 @@ WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 RESULTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
+NWG = 2  # warpgroups that multiply
 _HALF_COST = 0.65  # time of a tile of 64 tokens over that of one of 128
 
 
@@ -28,8 +29,9 @@ class Config:
     """Compile-time values of `int8_kernel.int8_gemm`.
 
     BITS of the weight's codes; OK outlier columns a step, 0 if there are none; BIAS with a bias. Tile: BM tokens,
-    `BN` outputs of NWG warpgroups with REST * 64 rows each; NS stages; GM token tiles a band; TMA_OUT writes results
+    `BN` outputs of two warpgroups with REST * 64 rows each; NS stages; GM token tiles a band; TMA_OUT writes results
     through shared memory. REGISTERS of a warpgroup that is not the first, MAXNREG of a thread on average.
+    EXPERTS: none, what `write` asks.
     """
 
     BITS: int
@@ -39,7 +41,6 @@ class Config:
     REST: int
     NS: int
     TMA_OUT: bool
-    NWG: int = 2
     GM: int = 16
     REGISTERS: int = 232
     MAXNREG: int = 168
@@ -53,7 +54,7 @@ class Config:
     @property
     def BN(self) -> int:
         """Outputs a tile."""
-        return 64 * self.REST * self.NWG
+        return 64 * self.REST * NWG
 
     @property
     def ASM(self) -> str:
@@ -72,7 +73,7 @@ class Config:
     def stages_that_fit(self) -> int:
         """Stages that shared memory holds beside the buffers for results."""
         stage = self.BN * STEP * self.BITS // 8 + self.BM * STEP + 16
-        written = self.NWG * 64 * self.REST * min(self.BM, PIECE) * 2
+        written = NWG * 64 * self.REST * min(self.BM, PIECE) * 2
         return (SHARED_MEMORY - written) // stage
 
 
@@ -95,6 +96,11 @@ def choose(M: int, N: int, O: int, bits: int, bias: bool, processors: int) -> Co
     if _HALF_COST * rounds(64) < rounds(128):
         config = replace(config, BM=64)
     return replace(config, NS=min(8, config.stages_that_fit))
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """The operand at an address that TMA takes: a multiple of 16 bytes."""
+    return operand.clone() if operand.data_ptr() % 16 else operand
 
 
 def outlier_layout(columns: int) -> gl.NVMMASharedLayout:
@@ -125,10 +131,7 @@ def linear(
         return out
     processors = machine(codes.device)[1]
     c = config or choose(M, N, O, bits, bias is not None, processors)
-    if codes.data_ptr() % 16:
-        codes = codes.clone()
-    if O and outliers.data_ptr() % 16:
-        outliers = outliers.clone()
+    codes, weight, outliers, weight_outliers = map(_aligned, (codes, weight, outliers, weight_outliers))
     tokens = TensorDescriptor(codes, list(codes.shape), [codes.shape[1], 1], [c.BM, STEP], CODES)
     if bits == 4:
         words = weight.view(torch.int32).flatten(1)

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from bitwright.kernels.gluon.fragment import join8, word_layout
+from bitwright.kernels.gluon.tiles import in_bands
 from bitwright.kernels.gluon.write import write
 
 
@@ -41,13 +42,13 @@ def int8_gemm(
     """out [M, N] of `steps` steps over base columns and `outlier_steps` over outliers. C: an `int8.Config`."""
     ws = gl.allocate_shared_memory(weight_desc.dtype, [C.NS] + weight_desc.block_shape, weight_desc.layout)
     xs = gl.allocate_shared_memory(x_desc.dtype, [C.NS] + x_desc.block_shape, x_desc.layout)
-    stages = gl.allocate_shared_memory(out_desc.dtype, [C.NWG] + out_desc.block_shape, out_desc.layout)
+    stages = gl.allocate_shared_memory(out_desc.dtype, [2] + out_desc.block_shape, out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [C.NS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [C.NS, 1], mbarrier.MBarrierLayout())
     NS: gl.constexpr = C.NS
     for i in gl.static_range(NS):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=C.NWG)
+        mbarrier.init(empty.index(i), count=2)  # both warpgroups give a stage back
     problem = (M, N, gl.cdiv(M, C.BM), gl.cdiv(N, C.BN), steps, outlier_steps)
     outlier_descs = (weight_outliers_desc, outliers_desc)
     load = (weight_desc, x_desc, outlier_descs, ws, xs, full, empty, problem)
@@ -60,12 +61,10 @@ def int8_gemm(
 
 @gluon.jit
 def _place(tile, problem, C: gl.constexpr):
-    """(first token, tile along N): bands of GM token tiles, so that what is read twice is still in L2."""
+    """(first token, tile along N)."""
     _M, _N, nm, nn, _steps, _outlier_steps = problem
-    band = tile // (C.GM * nn)
-    rows = min(nm - band * C.GM, C.GM)
-    inside = tile - band * C.GM * nn
-    return (band * C.GM + inside % rows) * C.BM, inside // rows
+    m, n = in_bands(tile, nm, nn, C.GM)
+    return m * C.BM, n
 
 
 @gluon.jit
@@ -75,7 +74,8 @@ def _outlier_views(ws, xs, descs, s, C: gl.constexpr):
     BN: gl.constexpr = C.BN
     BM: gl.constexpr = C.BM
     OK: gl.constexpr = C.OK
-    # As many rows as the stage holds; those of the tile are the first.
+    # As many rows as the stage holds; those of the tile are the first. Stages are multiples of 1 KiB, which the swizzle
+    # of these views needs of where they begin.
     w = ws.index(s)._reinterpret(w_desc.dtype, [BN * C.BITS * 8 // OK, OK], w_desc.layout)
     x = xs.index(s)._reinterpret(x_desc.dtype, [BM * 64 // OK, OK], x_desc.layout)
     return w.slice(0, BN, 0), x.slice(0, BM, 0)
@@ -137,10 +137,9 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
         n0 = pn * C.BN + WG * ROWS
         n, m = n0 + rn, m0 + rm
         inside, there = n < N, m < M
-        # .cg: written by the kernel before this one, beside which this one may have begun
         of_rows = gl.load(row_sums + n, mask=inside, other=0)
-        acc -= of_rows[:, None] * gl.load(zero + m, mask=there, other=0, cache_modifier=".cg")[None, :]
-        y = acc.to(gl.float32) * gl.load(scale + m, mask=there, other=0.0, cache_modifier=".cg")[None, :]
+        acc -= of_rows[:, None] * gl.load(zero + m, mask=there, other=0)[None, :]
+        y = acc.to(gl.float32) * gl.load(scale + m, mask=there, other=0.0)[None, :]
         y = y * gl.load(weight_scale + n, mask=inside, other=0.0)[:, None]
         if C.OK > 0:
             for _o in range(outlier_steps):

@@ -92,7 +92,7 @@ def fragment_gemm(
     use = (buffers, full, empty, output, bias, partial, counters, problem, division)
     descriptors = (words0_desc, words1_desc, x_desc, scale_desc, zero_desc)
     load = (descriptors, buffers, full, empty, problem, division, (blocks, groups))
-    gl.static_assert(C.NWG > 1, "one warpgroup loses results, see dev/LOG.md")
+    gl.static_assert(C.NWG == 2 or C.NWG == 4, "one warpgroup loses results, see dev/LOG.md")
     if C.NWG == 2:
         gl.warp_specialize(
             [(_consume, (use, 0, C)), (_consume, (use, 1, C)), (_produce, (load, C))], [4, 1], [C.REGISTERS, 24]

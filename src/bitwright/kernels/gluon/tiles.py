@@ -52,11 +52,17 @@ def place(tile, problem, C: gl.constexpr):
         start = gl.load(offsets + e)
         here = gl.sum(gl.where(gl.arange(0, C.EXPERTS, first.type.layout) == e, before, 0), 0)
         return start + (slot - here) * C.BM, gl.load(offsets + e + 1), tile // nm, e
-    # Bands of GM token tiles, so that what is read twice is still in L2.
-    band = tile // (C.GM * nn)
-    rows = min(nm - band * C.GM, C.GM)
-    inside = tile - band * C.GM * nn
-    return (band * C.GM + inside % rows) * C.BM, M, inside // rows, 0
+    m, n = in_bands(tile, nm, nn, C.GM)
+    return m * C.BM, M, n, 0
+
+
+@gluon.jit
+def in_bands(tile, nm, nn, GM: gl.constexpr):
+    """(token tile, tile along N): bands of GM token tiles, so that what is read twice is still in L2."""
+    band = tile // (GM * nn)
+    rows = min(nm - band * GM, GM)
+    inside = tile - band * GM * nn
+    return band * GM + inside % rows, inside // rows
 
 
 @gluon.jit
