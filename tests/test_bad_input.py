@@ -401,13 +401,13 @@ def test_a_full_disk_anywhere(
     model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     from bitwright import evidence, run_folder
-    from bitwright.models import checkpoint
+    from bitwright.models import shards
 
     call = {"calibration": text, **ALGORITHMS["gptq"]}
     targets: dict[str, tuple[Any, str]] = {
         "part": (run_folder, "save_file"),
         "record": (run_folder, "_write"),
-        "weights": (checkpoint, "_copy_range"),
+        "weights": (shards, "_copy_range"),
         "companions": (Path, "write_bytes"),
         "config": (evidence, "_dump"),
     }

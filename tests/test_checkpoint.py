@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitwright.errors import CheckpointError, OutputError
-from bitwright.models import checkpoint as module
-from bitwright.models.checkpoint import INDEX, SINGLE, Checkpoint, ShardWriter, read_config
+from bitwright.models import shards as module
+from bitwright.models.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from bitwright.models.shards import ShardWriter
 
 DTYPES = (
     torch.float32,

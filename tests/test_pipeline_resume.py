@@ -15,7 +15,7 @@ import pytest
 from conftest import build_tiny, save_tokenizer, tiny_config
 from pipeline_oracle import TEXT, WIDE
 
-from bitwright import pipeline
+from bitwright import blockwise
 from bitwright.errors import OutputError
 from bitwright.pipeline import quantize
 
@@ -54,12 +54,14 @@ def contents(out: Path) -> dict[str, bytes]:
 def blocks_solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The list that fills with the name of every linear that is solved from now on."""
     solved: list[str] = []
-    group, alone = pipeline.solve_group, pipeline.solve_data_free
+    group, alone = blockwise.solve_group, blockwise.solve_data_free
     monkeypatch.setattr(
-        pipeline, "solve_group", lambda entries, *a: solved.extend(e.linear.name for e in entries) or group(entries, *a)
+        blockwise,
+        "solve_group",
+        lambda entries, *a: solved.extend(e.linear.name for e in entries) or group(entries, *a),
     )
     monkeypatch.setattr(
-        pipeline, "solve_data_free", lambda entry, *a: solved.append(entry.linear.name) or alone(entry, *a)
+        blockwise, "solve_data_free", lambda entry, *a: solved.append(entry.linear.name) or alone(entry, *a)
     )
     return solved
 
@@ -109,7 +111,7 @@ def test_interrupted_inside_a_block_and_more_than_once(
     call = arguments(text, **RUNS["gptq"])
     quantize(source, tmp_path / "whole", **call)
     out, solved = tmp_path / "out", []
-    real = pipeline.solve_group
+    real = blockwise.solve_group
     budget = 9
 
     def solve(entries: Any, *rest: Any) -> Any:
@@ -120,7 +122,7 @@ def test_interrupted_inside_a_block_and_more_than_once(
         solved.extend(e.linear.name for e in entries)
         return real(entries, *rest)
 
-    monkeypatch.setattr(pipeline, "solve_group", solve)
+    monkeypatch.setattr(blockwise, "solve_group", solve)
     interruptions = 0
     while not out.exists():
         budget = 9 if interruptions % 2 else 3
@@ -146,9 +148,9 @@ def test_several_passes_give_the_bytes_of_one(
         '[[rule]]\nmatch = "."\nscheme = "w3a16-g32-asym"\n'
     )
     plans: list[bool] = []
-    real = pipeline.run_block
+    real = blockwise.run_block
     monkeypatch.setattr(
-        pipeline, "run_block", lambda *a, one_pass, **k: plans.append(one_pass) or real(*a, one_pass=one_pass, **k)
+        blockwise, "run_block", lambda *a, one_pass, **k: plans.append(one_pass) or real(*a, one_pass=one_pass, **k)
     )
     call = arguments(text, **(RUNS["gptq"] if kind == "gptq" else {"recipe": tmp_path / "recipe.toml"}))
     quantize(source, tmp_path / "one", **call)

@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES
 from pipeline_oracle import TEXT, WIDE, read, twin, weights
 
-from bitwright import pipeline
+from bitwright import blockwise, pipeline
 from bitwright.calibrate.data import calibration_samples, read_text
 from bitwright.calibrate.stream import Streams
 from bitwright.models.load import open_model
@@ -114,13 +114,13 @@ def test_the_memory_plan_sees_the_widths(
 ) -> None:
     """What decides between one pass and several counts each group's own input, the widest being down_proj's."""
     seen: dict[str, float] = {}
-    fits = pipeline.fits_one_pass
+    fits = blockwise.fits_one_pass
 
     def spy(groups: Any, *rest: Any) -> bool:
         seen.update({group.names[0]: group.values for group in groups})
         return fits(groups, *rest)
 
-    monkeypatch.setattr(pipeline, "fits_one_pass", spy)
+    monkeypatch.setattr(blockwise, "fits_one_pass", spy)
     source = tiny_folder("llama", torch.bfloat16)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import CheckpointError, NumericsError
-from bitwright.models.checkpoint import ShardWriter
 from bitwright.models.load import SourceModel, companion_files
+from bitwright.models.shards import ShardWriter
 from bitwright.numerics import check_finite
 from bitwright.plan import Plan, disk_name, ignored
 from bitwright.recipe import Recipe
