@@ -73,6 +73,12 @@ def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     assert sass.loops(code) and not sass.overwritten(code), "a register changes that a product may be reading"
 
 
+def test_few_tiles_are_left_to_programs_that_share_them() -> None:
+    """As measured: 8192 outputs are enough at 128 tokens; the keys of grouped heads need many more."""
+    assert int8.fills(128, 8192, PROCESSORS) and not int8.fills(64, 8192, PROCESSORS)
+    assert int8.fills(1024, 1024, PROCESSORS) and not int8.fills(512, 1024, PROCESSORS)
+
+
 def test_tiles_follow_the_rounds_of_programs() -> None:
     """Half tiles where whole ones would leave programs idle, whole ones where there is work for several rounds."""
     assert choose(256, 8192, 256, 4, False, PROCESSORS).BM == 64

@@ -25,7 +25,7 @@ from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
 
 _DTYPES = (torch.bfloat16, torch.float16)  # of what goes in and out on CUDA
 OUTLIER_STEP = 16  # outliers are padded to a multiple: what one instruction takes of them
-FEW_TOKENS = 64  # up to which the Triton kernel multiplies on every GPU; beyond, Hopper has a kernel of its own
+FEW_TOKENS = 64  # up to which the Triton kernel multiplies on every GPU; beyond, Hopper has one of its own
 
 
 def _cpu_linear(
@@ -69,10 +69,13 @@ def _cuda_linear(
 ) -> Tensor:
     _check(codes, weight, bits, N, B)
     _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
+    from bitwright.kernels.triton.int8 import linear, machine
+
     if codes.shape[0] > FEW_TOKENS and {HOPPER, GLUON} <= cuda_features(codes.device):
-        from bitwright.kernels.gluon.int8 import linear
-    else:
-        from bitwright.kernels.triton.int8 import linear
+        from bitwright.kernels.gluon import int8
+
+        if int8.fills(codes.shape[0], N, machine(codes.device)[1]):
+            linear = int8.linear
     return linear(
         codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, bits, N, B, dtype
     )

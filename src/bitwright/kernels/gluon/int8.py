@@ -98,6 +98,13 @@ def choose(M: int, N: int, O: int, bits: int, bias: bool, processors: int) -> Co
     return replace(config, NS=min(8, config.stages_that_fit))
 
 
+def fills(M: int, N: int, processors: int) -> bool:
+    """Whether M tokens times N outputs are tiles enough. The Triton kernel shares the columns of a tile among programs,
+    and ends first where tiles are few: 64 tokens of 8192 outputs are 32 tiles, 128 are 64, and there this one does.
+    """
+    return -(-M // 64) * -(-N // (128 * NWG)) >= processors // 3
+
+
 def _aligned(operand: Tensor) -> Tensor:
     """The operand at an address that TMA takes: a multiple of 16 bytes."""
     return operand.clone() if operand.data_ptr() % 16 else operand

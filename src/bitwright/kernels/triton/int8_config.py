@@ -4,7 +4,7 @@ A tile is BN outputs × BM tokens and walks over the base columns in steps of BK
 over the outliers in steps of `outlier_step`. Few tokens: reading the weight is what takes time, and `split_k` cuts the
 steps of both kinds among programs until every multiprocessor has work. Many tokens: a tile of 256 tokens keeps the
 tensor cores busiest, one of 128 wastes less where few tiles fill the last round of programs. (Hopper GPUs come here for
-few tokens only, where `gluon.int8` runs.)
+few tokens or few tiles only, where `gluon.int8` runs.)
 """
 
 from __future__ import annotations
