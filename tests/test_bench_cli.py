@@ -175,7 +175,7 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     tested = {c[-1] for c in commands if c[1] == "pytest"}
     assert tested == {f"tests/gpu/{path.name}" for path in (SCRIPT.parent.parent / "tests" / "gpu").glob("test_*.py")}
     written = [c[c.index("--records") + 1] for c in commands if "--records" in c]
-    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 10
+    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 11
 
 
 def test_gpu_check_leaves_one_log(tmp_path: Path) -> None:
@@ -209,10 +209,18 @@ def test_gpu_check_runs_the_parts_that_are_asked_for(tmp_path: Path) -> None:
     assert [c[3] for c in commands] == ["kernels", "memory"]
 
 
+def test_gpu_check_runs_the_tests_that_are_asked_for(tmp_path: Path) -> None:
+    done, commands = gpu_check(tmp_path, PARTS="tests", TESTS="test_int8 test_gluon")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {c[-1] for c in commands if c[1] == "pytest"} == {f"tests/gpu/test_{n}.py" for n in ("int8", "gluon")}
+    done, _ = gpu_check(tmp_path, PARTS="tests", TESTS="test_nothing")
+    assert done.returncode == 1 and "test_nothing" in done.stdout.splitlines()[-1]
+
+
 def test_gpu_check_takes_at_most_ten_minutes(tmp_path: Path) -> None:
     done, _ = gpu_check(tmp_path, SANITIZER=str(tmp_path / "python"))
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 13 and sum(limits) <= 590
+    assert len(limits) == 14 and sum(limits) <= 590
 
 
 def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
