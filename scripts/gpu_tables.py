@@ -7,6 +7,7 @@ the command is only tried.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ def _split_table(records: list[Record]) -> str:
         "cuBLAS": [_time(r) for r in dense],
         "bitwright": [_time(r) for r in ours],
         **{name: [_time(r) for r in parts[name]] for name in parts},
-        "product, TOPS": [_form(r, "flops_per_second", ".0f", 1e-12) for r in parts["product alone"]],
+        "product, TOPS": [_base_rate(r) for r in parts["product alone"]],
         "times cuBLAS": [_ratio(d, r) for d, r in zip(dense, ours, strict=True)],
         **{
             f"... quantized once for {n}": [
@@ -169,6 +170,15 @@ def _split_table(records: list[Record]) -> str:
     }
     what = "µs per call; of a call: quantizing its input, all the rest, and of that the product without outliers"
     return markdown(columns, ("scheme", "N × K")) + "\n" + _caption(records, what, "kernels")
+
+
+def _base_rate(r: Record | None) -> str:
+    """Tera-operations per second of the product of base columns, which are those that are no outliers."""
+    if r is None or r["status"] != "ok":
+        return MISSING
+    outliers = re.search(r"-o(\d+)", r["scheme"])
+    columns = r["K"] - (int(outliers[1]) if outliers else 0)
+    return f"{2e-12 * r['tokens'] * r['N'] * columns / _seconds(r):.0f}"
 
 
 def _shared_ratio(dense: Record | None, quantize: Record | None, ready: Record | None, linears: int) -> str:

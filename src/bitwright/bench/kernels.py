@@ -25,7 +25,7 @@ from bitwright.bench import timing
 from bitwright.bench.peers import PEERS, Linear, chosen, contenders, expected, random_weight
 from bitwright.bench.records import ABSENT, FAILED, OK, WRONG, Record, failure, stamp
 from bitwright.bench.shapes import KERNEL_SHAPES
-from bitwright.bench.split import QUANTIZE, SplitLinear
+from bitwright.bench.split import PRODUCT, QUANTIZE, SplitLinear
 from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 from bitwright.kernels.problem import Problem
@@ -215,6 +215,8 @@ class _Field:
         K, flops = self.K, 2 * M * self.N * self.K
         if name.endswith(_part("", QUANTIZE)):
             moved, flops = M * K * (self.dtype.itemsize + 1), 0
+        elif name.endswith(_part("", PRODUCT)) and self.scheme.outliers is not None:
+            flops -= 2 * M * self.N * self.scheme.outliers.columns(K)
         shown = {"name": name, "kind": "part", "chosen": False, "relative_error": None}
         return shown | figures(t, moved, flops, ceilings) | speedups(t, "part", dense, None)
 
