@@ -67,15 +67,15 @@ def test_against_the_reference(kind: type[Int8Weight], text: str, dtype: torch.d
 
 @pytest.mark.parametrize("M", [0, 1, 64, 65, 300, 1000])
 @pytest.mark.parametrize("text", SPARSE)
-def test_slabs_and_pieces(text: str, M: int, poison: None) -> None:
-    """Three slabs of rows, tokens in pieces of 256: the bits of the weight in one slab, tokens in one piece."""
+def test_sparse_in_pieces(text: str, M: int, poison: None) -> None:
+    """Tokens in pieces of 256: the bits of tokens in one piece."""
     if CUSPARSELT not in cuda_features():
         pytest.skip("this torch brings no cuSPARSELt")
     rows = 1000
     tensor = random_split_tensor(rows, K, text, shuffled=True)
     moved = tensor.to("cuda")
     given = Problem.of(moved, tensor.scheme, torch.bfloat16, "cuda"), moved, PlainInput(moved.split)
-    whole, cut = SplitSparse(*given), SplitSparse(*given, most_rows=384, most_sums=384 * 256)
+    whole, cut = SplitSparse(*given), SplitSparse(*given, most_sums=rows * 256)
     x, bias = activations(M, torch.bfloat16).cuda(), torch.randn(rows).bfloat16().cuda()
     assert torch.equal(cut.linear(x, bias), whole.linear(x, bias))
     assert torch.equal(cut.dequantize(), moved.dequantize())

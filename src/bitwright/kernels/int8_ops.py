@@ -67,10 +67,11 @@ def _cuda_linear(
     B: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    from bitwright.kernels.triton.gemm import machine
+    from bitwright.kernels.triton.int8 import linear
+
     _check(codes, weight, bits, N, B)
     _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
-    from bitwright.kernels.triton.int8 import linear, machine
-
     if codes.shape[0] > FEW_TOKENS and {HOPPER, GLUON} <= cuda_features(codes.device):
         from bitwright.kernels.gluon import int8
 

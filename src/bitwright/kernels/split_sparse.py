@@ -10,7 +10,6 @@ bits per weight.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from itertools import pairwise
 from typing import Self
 
 import torch
@@ -26,10 +25,7 @@ from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import SplitTensor
 
 _STEP = 32  # rows and columns of a weight, and tokens, come in multiples of this; 16 or 8 would do for some of them
-_BLOCK = 128  # slabs of rows and pieces of tokens are multiples of this, a tile of a product, but for the last
-_MOST_ROWS = 66 * _BLOCK  # of a slab
-_MOST_SUMS = _MOST_ROWS * 8 * _BLOCK  # int32 sums of a slab at a time, 33 MiB: an H100's L2 keeps 50 MB
-_FEW_TOKENS = 64  # up to so many, launches cost more than a copy of the sums of all slabs
+_MOST_SUMS = 1 << 28  # int32 sums of a product: 1 GiB; fewer, that stay in L2, gain nothing (dev/LOG.md)
 _LARGEST_BUCKET = 1 << 14  # tokens; beyond, one algorithm serves all
 _DTYPES = (torch.bfloat16, torch.float16)
 _MISSING = "needs cuSPARSELt, which this torch does not bring"
@@ -96,43 +92,22 @@ class Compressed:
         return found
 
 
-def even(total: int, most: int) -> list[slice]:
-    """Slices of at most `most`, all of `_BLOCK` times the same number or one more, that cover `total` in their order:
-    as few as there can be. The last may end inside a block. ValueError for `most` below a block."""
-    if most < _BLOCK:
-        raise ValueError(f"at most {most}: a slice needs {_BLOCK}")
-    blocks = -(-total // _BLOCK)
-    count = -(-blocks // (most // _BLOCK))
-    ends = [min(i * blocks // count * _BLOCK, total) for i in range(count + 1)] if count else []
-    return [slice(start, end) for start, end in pairwise(ends)]
-
-
 class SplitSparse(Int8Weight):
     """Codes of 4 or 8 bits as bytes, compressed; integer sums, so every algorithm gives the same bits.
 
-    The weight is held in slabs of rows and many tokens are taken in pieces, so that the sums of one product are still
-    in L2 when the end is made of them: written to memory and read back, those of a large weight would take a quarter
-    of the product's time. most_rows: of a slab. most_sums: int32 numbers that a product may write.
+    most_sums: int32 numbers that a product may write; more tokens are taken in pieces.
     """
 
     NAME = "int8-sparse"
     _WHAT = "2:4 int8 products by cuSPARSELt, a Triton kernel for the input and one for the outputs"
 
     def __init__(
-        self,
-        problem: Problem,
-        tensor: SplitTensor,
-        quantizer: Quantizer,
-        most_rows: int = _MOST_ROWS,
-        most_sums: int = _MOST_SUMS,
+        self, problem: Problem, tensor: SplitTensor, quantizer: Quantizer, most_sums: int = _MOST_SUMS
     ) -> None:
         super().__init__(problem, tensor, quantizer)
         assert isinstance(tensor.base, QuantizedTensor)
         self._most_sums = most_sums
-        fill = padded(self._B) - self._B
-        self._slabs = [
-            (rows, Compressed(pad(tensor.base.codes[rows], (0, fill)))) for rows in even(self.shape[0], most_rows)
-        ]
+        self._compressed = Compressed(pad(tensor.base.codes, (0, padded(self._B) - self._B)))
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
@@ -149,29 +124,21 @@ class SplitSparse(Int8Weight):
     def multiply(self, q: Quantized, bias: Tensor | None = None) -> Tensor:
         M, N = q.codes.shape[0], self.shape[0]
         out = torch.empty(M, N, dtype=self.dtype, device=q.codes.device)
-        if M <= _FEW_TOKENS and len(self._slabs) > 1:
-            sums = [slab.sums(q.codes)[: rows.stop - rows.start] for rows, slab in self._slabs if M]
-            if sums:
-                self._finish(out, torch.cat(sums), q, slice(0, M), slice(0, N), bias)
-            return out
-        for rows, slab in self._slabs:
-            for tokens in even(M, max(_BLOCK, self._most_sums // (rows.stop - rows.start))):
-                self._finish(out, slab.sums(q.codes[tokens]), q, tokens, rows, bias)
+        step = max(_STEP, self._most_sums // N // _STEP * _STEP)
+        of_rows = (self._scale, self._row_sums, self._outliers, bias)
+        for first in range(0, M, step):
+            tokens = slice(first, first + step)
+            of_tokens = (q.scale[tokens], q.zero[tokens], q.outliers[tokens])
+            int8_finish(out[tokens], self._compressed.sums(q.codes[tokens]), *of_tokens, *of_rows)
         return out
 
-    def _finish(self, out: Tensor, sums: Tensor, q: Quantized, tokens: slice, rows: slice, bias: Tensor | None) -> None:
-        """out [tokens, rows] of their sums."""
-        of_tokens = (q.scale[tokens], q.zero[tokens], q.outliers[tokens])
-        of_rows = (self._scale[rows], self._row_sums[rows], self._outliers[rows])
-        int8_finish(out[tokens, rows], sums, *of_tokens, *of_rows, None if bias is None else bias[rows])
-
     def _codes(self, index: Tensor | None) -> Tensor:
-        codes = torch.cat([slab.dense()[:, : self._B] for _, slab in self._slabs])
+        codes = self._compressed.dense()[:, : self._B]
         return codes if index is None else codes[index]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return *(slab.tensor for _, slab in self._slabs), *self._held
+        return self._compressed.tensor, *self._held
 
 
 class SparseValues(Implementation):
