@@ -245,7 +245,7 @@ def _prefill_table(records: list[Record]) -> str:
 
 
 def _throughput_table(records: list[Record]) -> str:
-    """A sweep over batches a row; compared where memory is full, with 16 bits on as few GPUs as hold the model."""
+    """A sweep over batches a row; compared at the largest batch, with 16 bits on as few GPUs as hold the model."""
     sweeps = _grouped(records, lambda r: (r["model"], r["context"], r["memory_bytes"], r["scheme"], r["gpus"]))
     of = [{r["batch"]: r for r in members} for members in sweeps.values()]
     full = [sweep[max(sweep)] for sweep in of]
@@ -260,7 +260,7 @@ def _throughput_table(records: list[Record]) -> str:
         "context": [str(r["context"]) for r in full],
         "GPUs": [str(r["gpus"]) for r in full],
         **{f"batch {b}": [_form(sweep.get(b), rate, ".0f") for sweep in of] for b in doublings},
-        "memory full": [f"batch {r['batch']}: {_form(r, rate, '.0f')}" for r in full],
+        "largest batch": [f"batch {r['batch']}: {_form(r, rate, '.0f')}" for r in full],
         "times 16-bit on the fewest": [
             MISSING if d is None else f"{r[rate] / d[rate]:.2f}" for r, d in zip(full, fewest, strict=True)
         ],

@@ -324,7 +324,7 @@ def test_prefill_throughput_and_memory_tables() -> None:
     table = gpu.throughput([*dense, *sweep, sweep[0] | {"benchmark": "throughput-best"}])
     rows = grid(table)
     assert [row["batch 2"] for row in rows] == ["50", "30", "70"] and "n.b." in table
-    assert rows[2]["memory full"] == "batch 3: 90" and rows[2]["times 16-bit on the fewest"] == "3.00"
+    assert rows[2]["largest batch"] == "batch 3: 90" and rows[2]["times 16-bit on the fewest"] == "3.00"
     from bitwright.bench import memory
 
     records = memory.run(memory.Options(device="cpu", check=False))
