@@ -338,6 +338,8 @@ def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     products = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, (\{[^}]*\}|%\w+),", ptx)
     assert products and all(left.count("%") == 4 for left in products)
     assert f"m64n{c.BM}k16" in ptx
+    # Scales meet weights, or the sums of a step: one or the other.
+    assert bool(re.search(r"mul\.rn\.b?f16x2", ptx)) != c.LATE and ("fma.rn.f32" in ptx) == c.LATE
     # Nothing writes a register that a product may still be reading, in the loop of either kind of warpgroup.
     code = sass.disassembled(made.cubin, tmp_path)
     assert sass.loops(code) and not sass.overwritten(code)
