@@ -79,6 +79,19 @@ def test_every_step_is_done_once(M: int, N: int, K: int, bits: int, group: int |
             assert found[-1][2] == ((tile - d.whole) * nk + nk - 1) // d.per
 
 
+@pytest.mark.parametrize("N, K", [(4096, 4096), (12288, 4096), (22016, 4096), (8192, 8192), (57344, 8192)])
+@pytest.mark.parametrize("M", [129, 256, 300, 512, 1024, 2048])
+def test_many_tokens_leave_few_programs_idle(M: int, N: int, K: int) -> None:
+    c = choose(M, N, K, 4, 128, torch.bfloat16, False, False, PROCESSORS)
+    d = divide(M, N, K, c, PROCESSORS)
+    tiles, nk = -(-M // c.BM) * -(-N // c.BN), -(-K // c.BK)
+    longest = max(sum(k1 - k0 for _, k0, k1 in mine) for mine in pieces(tiles, nk, d.programs, d.whole, d.per))
+    # Equal shares of the steps, or up to the half of a round more where cutting costs more than it gains.
+    assert longest <= tiles * nk / PROCESSORS + nk / 2
+    last = [k1 - k0 for mine in pieces(tiles, nk, d.programs, d.whole, d.per) for t, k0, k1 in mine if t >= d.whole]
+    assert not last or (max(last) == d.per < nk and len(last) <= PROCESSORS)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 192, 320, 4096])
 def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:
@@ -322,11 +335,27 @@ HOT = (
     ]
     + [choose_experts(M, 8, 14336, 4096, 4, 128, torch.bfloat16, False) for M in (2, 4096)]
     + [choose(300, 8192, 8192, 4, 32, torch.float16, True, True, PROCESSORS)]
+    + [  # several groups a step: each with a product of its own, or with scales on the weights
+        choose(M, 22016, 8192, bits, group, torch.bfloat16, asymmetric, False, PROCESSORS)
+        for M, bits, group, asymmetric in (
+            (1, 4, 64, False),
+            (16, 4, 64, True),
+            (1, 3, 64, True),
+            (1, 2, 64, False),
+            (1, 4, 32, False),
+            (16, 8, 32, True),
+            (64, 4, 32, True),
+        )
+    ]
 )
 
 
+def _name(c: Config) -> str:
+    return f"w{c.BITS}-{c.BM}x{c.BN}x{c.BK}-{c.GROUPS}{'-experts' * bool(c.EXPERTS)}"
+
+
 @known
-@pytest.mark.parametrize("c", HOT, ids=lambda c: f"w{c.BITS}-{c.BM}x{c.BN}x{c.BK}{'-experts' * bool(c.EXPERTS)}")
+@pytest.mark.parametrize("c", HOT, ids=_name)
 def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     made = compiled(c, tmp_path)
     ptx, said, spilled = made.ptx, made.said, made.spilled

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import sha256
+from math import isqrt
 from typing import Any
 
 import torch
@@ -72,6 +74,11 @@ class Config:
         return 64 * self.REST * self.NWG // self.KWG
 
     @property
+    def FEW(self) -> bool:
+        """Whether the sums of a tile are so few numbers that words are carried from step to step (see `steps`)."""
+        return self.BM <= _FEW
+
+    @property
     def stages_that_fit(self) -> int:
         """Stages that shared memory holds beside the buffers for sums and results."""
         words = self.BN * self.BK * self.BITS // 8
@@ -99,19 +106,41 @@ class Division:
 def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
     """Equal shares of the work for every program.
 
-    Tiles go out whole where their rounds keep the programs busy. Otherwise what remains after full rounds, together
-    with the last of these, is cut into equal runs of steps, which costs a partial result written and read for each cut,
-    and programs that walk along K at different places share less of what is in L2.
+    Of many tokens tiles go out whole, in rounds; what is left after the full rounds is cut into equal pieces along K
+    if there are programs for them, since a piece costs its sums written and read. Of few tokens, whose sums are small,
+    tiles go out whole where their rounds keep the programs busy. Otherwise what remains after full rounds, together
+    with the last of these, is cut into equal runs of steps; a run may end one tile and begin another.
     """
     tiles = -(-M // config.BM) * -(-N // config.BN)
     nk = -(-K // config.BK)
     programs = processors * config.PER
+    if not config.FEW:
+        rounds, rest = divmod(tiles, programs)
+        per = -(-nk // _cuts(rest, nk * config.BK, programs))
+        if per == nk:
+            return Division(min(programs, tiles), tiles, 1, 0, 0)
+        used = programs if rounds else -(-rest * nk // per)
+        return Division(used, rounds * programs, per, *_workspace(config, used, rest))
     if _busy(tiles, programs):
         return Division(min(programs, tiles), tiles, 1, 0, 0)
     whole = max(tiles // programs - 1, 0) * programs
     units = (tiles - whole) * nk
     programs = min(programs, units)
     return Division(programs, whole, -(-units // programs), *_workspace(config, programs, tiles - whole))
+
+
+def _cuts(rest: int, K: int, programs: int) -> int:
+    """Pieces of each of the `rest` last tiles: more of them are shorter, but whoever is last has more to add up."""
+    return max(1, min(programs // max(rest, 1), isqrt(K // _PIECE_COLUMNS)))
+
+
+def _rounds(M: int, N: int, K: int, tiles: Mapping[str, Any], processors: int) -> float:
+    """Time of a product of many tokens in columns of a tile of `_WIDE`, by measurements on one H100 (dev/LOG.md)."""
+    BM, BN = tiles["BM"], 64 * tiles["REST"] * tiles["NWG"]
+    rounds, rest = divmod(-(-M // BM) * -(-N // BN), processors)
+    cuts = _cuts(rest, K, processors)
+    last = 0.0 if rest == 0 else K / cuts + (cuts > 1) * cuts * _PIECE_COLUMNS
+    return (rounds * K + last) * (1.0 if BM * BN > 1 << 14 else _NARROW_COST)
 
 
 def _busy(tiles: int, programs: int) -> bool:
@@ -146,12 +175,7 @@ def choose(
     if M <= 128:
         tiles = _STREAM if M <= 32 else _middle(M, N * K)
     else:
-        tiles = _WIDE if M > 1024 or -(-M // 256) * 2 == -(-M // 128) else _TALL
-        large = -(-M // tiles["BM"]) * -(-N // (32768 // tiles["BM"]))
-        few = -(-M // 128) * -(-N // 128) <= processors
-        # Cutting what one round of large tiles leaves costs more than tiles of half the size.
-        if few or (large < 2 * processors and not _busy(large, processors)):
-            tiles = _NARROW
+        tiles = min((_WIDE, _TALL, _NARROW), key=lambda t: _rounds(M, N, K, t, processors))
     return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
 
 
@@ -175,6 +199,9 @@ _NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGIST
 _WIDE = {**_NARROW, "BM": 256, "BK": 64, "NS": 5, "REGISTERS": 232}
 _TALL = {**_NARROW, "REST": 2, "REGISTERS": 232}
 _FEW = 64  # tokens whose sums are no more numbers than the weights they come from
+_FEW_GROUPS = 16  # the same where a step has several groups, each with sums of its own
+_PIECE_COLUMNS = 512  # columns multiplied in the time that it takes to write and read the sums of a piece
+_NARROW_COST = 0.59  # of a tile of half the size
 _SOME_WEIGHT = 80 << 20  # numbers in a weight
 _FULL = 0.96  # share of the time that programs must be busy with whole tiles
 PIECE = 32  # tokens that go to memory through shared memory at a time
@@ -219,7 +246,7 @@ def _finish(
         REGISTERS=tiles["REGISTERS"],
         MAXNREG=tiles["MAXNREG"],
         PER=tiles["PER"],
-        LATE=BM <= _FEW and groups == 1,
+        LATE=BM <= (_FEW if groups == 1 else _FEW_GROUPS) and groups * 64 <= BK,
         PEERS=4 if BM <= 16 else 2 if BM <= 32 else 1,
         TMA_OUT=BM >= 128 and N % 8 == 0,
     )

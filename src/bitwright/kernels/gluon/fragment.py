@@ -12,11 +12,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from bitwright.kernels.fragments import WORDS
+
 
 @gluon.constexpr_function
 def word_layout(bits, plane, row_blocks, column_blocks):
     """Registers of one warpgroup for [row_blocks, column_blocks * words] int32: a lane holds its own words."""
-    per_block = {4: (128,), 2: (64,), 3: (64, 32), 8: (256,)}[bits][plane]
+    per_block = WORDS[bits][plane]
     per_lane = 4 if bits in (4, 8) else 2 if plane == 0 else 1
     bit = per_lane.bit_length() - 1
     register = [[0, 1 << i] for i in range(bit)]
@@ -29,17 +31,30 @@ def word_layout(bits, plane, row_blocks, column_blocks):
     return gl.DistributedLinearLayout(register, lane, warp, [], [row_blocks, column_blocks * per_block])
 
 
+@gluon.constexpr_function
+def _words_of_block(bits):
+    """Words of a column block, of the first kind."""
+    return WORDS[bits][0]
+
+
+@gluon.constexpr_function
+def row_layout(rows):
+    """Registers of one warpgroup for [1, rows]: a lane holds the rows of its part of an accumulator."""
+    register = [[0, 8]] + [[0, 64 << i] for i in range((rows // 64).bit_length() - 1)]
+    lane = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
+    return gl.DistributedLinearLayout(register, lane, [[0, 16], [0, 32]], [], [1, rows])
+
+
 @gluon.jit
-def load_rows(buffer, WG: gl.constexpr, BLOCKS: gl.constexpr):
+def load_rows(buffer, FIRST: gl.constexpr, GROUPS: gl.constexpr, WG: gl.constexpr, BLOCKS: gl.constexpr):
     """Scales or zero points of warpgroup WG from shared memory, 16-bit [groups, rows of all warpgroups].
 
-    Gives two int32 [groups, BLOCKS, 8, 4]: the value of row g and that of row g + 8 of each block, in both halves of a
-    word, for each of the four lanes that hold the row.
+    Gives two int32 [GROUPS, BLOCKS, 8, 4], from group FIRST on: the value of row g and that of row g + 8 of each block,
+    in both halves of a word, for each of the four lanes that hold the row.
     """
-    GROUPS: gl.constexpr = buffer.shape[0]
     LANES: gl.constexpr = gl.BlockedLayout([GROUPS, 1, 2, 1, 1], [1, 1, 1, 8, 4], [1, 4, 1, 1, 1], [4, 3, 2, 1, 0])
-    rows = buffer.reshape([GROUPS, buffer.shape[1] // 16, 2, 8]).slice(WG * BLOCKS, BLOCKS, 1)
-    value = rows.load(gl.SliceLayout(4, LANES))
+    rows = buffer.reshape([buffer.shape[0], buffer.shape[1] // 16, 2, 8]).slice(FIRST, GROUPS, 0)
+    value = rows.slice(WG * BLOCKS, BLOCKS, 1).load(gl.SliceLayout(4, LANES))
     word = value.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     word = word | (word << 16)
     word = word.expand_dims(4).broadcast_to([GROUPS, BLOCKS, 2, 8, 4])
@@ -69,7 +84,9 @@ def _per_word(pair, words, C: gl.constexpr):
     """int32 [groups, blocks, 8, 4] (see `load_rows`), repeated onto the words that the values belong to."""
     GROUPS: gl.constexpr = pair.shape[0]
     BLOCKS: gl.constexpr = words.shape[0]
-    KB: gl.constexpr = C.BK // 64
+    KB: gl.constexpr = (
+        words.shape[1] * (2 if C.BITS == 3 else 1) // _words_of_block(C.BITS)
+    )  # of 3 bits, one word of two
     GK: gl.constexpr = min(GROUPS, KB)
     GW: gl.constexpr = GROUPS // GK  # 2: one scale per half of a block
     value = pair.permute((1, 0, 2, 3))
@@ -116,18 +133,29 @@ def _types(kind, count):
 
 
 @gluon.jit
+def of_group(words, q: gl.constexpr, GROUPS: gl.constexpr):
+    """Those of words [row blocks, column blocks * words] that hold group q of GROUPS (1 or 2) of equal width."""
+    gl.static_assert(GROUPS <= 2, "a step has two column blocks at most, and a group is not narrower than one")
+    if GROUPS == 1:
+        return words
+    else:
+        both = gl.split(words.reshape([words.shape[0], 2, words.shape[1] // 2]).permute((0, 2, 1)))
+        return both[q]
+
+
+@gluon.jit
 def operand(words0, words1, scale, zero, C: gl.constexpr, OPERAND: gl.constexpr):
     """Words of one warpgroup -> the tile [rows, columns] of the weight as left operand of wgmma.
 
-    words0, words1: int32 [row blocks, column blocks * words] (words1 for 3 bits only). scale, zero: as
-    `load_rows` gives them, for equal parts of the columns; scale is not used with LATE, zero with zero points only.
-    C: a `Config`.
+    words0, words1: int32 [row blocks, column blocks * words] (words1 for 3 bits only), or what `of_group` gives. scale,
+    zero: as `load_rows` gives them, for equal parts of the columns; scale is not used with LATE, zero with zero points
+    only. C: a `Config`.
     """
     BITS: gl.constexpr = C.BITS
     ASM: gl.constexpr = C.asm
     CONS: gl.constexpr = C.constraints
     REST: gl.constexpr = C.REST
-    KB: gl.constexpr = C.BK // 64
+    KB: gl.constexpr = words0.shape[1] // _words_of_block(BITS)
     TYPES: gl.constexpr = _types(C.KIND, 32 if BITS == 3 else 32 // BITS)
     words = [words0]
     if BITS == 3:

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from bitwright.kernels.gluon.steps import then_scales, with_scales
+from bitwright.kernels.gluon.steps import then_scales, with_scales, words_with_scales
 from bitwright.kernels.gluon.sums import gather, settle
 from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
 from bitwright.kernels.gluon.write import write
@@ -193,6 +193,8 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
         base += k1 - k0
         if C.LATE:
             acc = then_scales(acc, it, base, buffers, full, empty, PART, C)
+        elif C.FEW:
+            acc = words_with_scales(acc, it, base, buffers, full, empty, PART, C)
         else:
             acc = with_scales(acc, it, base, buffers, full, empty, PART, C)
         if KWG > 1:
