@@ -17,8 +17,22 @@ from bitwright.bench.dependent import release, wait
 
 
 @triton.jit
+def normalized(h, gain, shift, inside, H, eps, CENTER: tl.constexpr, BIAS: tl.constexpr):
+    """The norm of a row h, float32."""
+    h = h.to(tl.float32)
+    if CENTER:
+        h = tl.where(inside, h - tl.sum(h) / H, 0.0)
+    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * gain.to(tl.float32)
+    if BIAS:
+        y += shift.to(tl.float32)
+    return y
+
+
+@triton.jit
 def _add_norm(
     x,
+    places,
+    shares,
     residual,
     weight,
     bias,
@@ -27,6 +41,7 @@ def _add_norm(
     H,
     eps,
     ADD: tl.constexpr,
+    TOP: tl.constexpr,
     CENTER: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,23 +58,36 @@ def _add_norm(
     wait(PDL)
     h = tl.load(residual + row + i, mask=inside, other=0.0)
     if ADD:
-        h = (h.to(tl.float32) + tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)).to(normed.dtype.element_ty)
+        if TOP > 0:
+            added = tl.zeros([BLOCK], tl.float32)
+            choice = tl.program_id(0) * TOP
+            for j in tl.static_range(TOP):
+                place = tl.load(places + choice + j).to(tl.int64)
+                part = tl.load(x + place * H + i, mask=inside, other=0.0).to(tl.float32)
+                added += tl.load(shares + choice + j) * part
+            added = added.to(normed.dtype.element_ty)
+        else:
+            added = tl.load(x + row + i, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + added.to(tl.float32)).to(normed.dtype.element_ty)
         tl.store(total + row + i, h, mask=inside)
-    h = h.to(tl.float32)
-    if CENTER:
-        h = tl.where(inside, h - tl.sum(h) / H, 0.0)
-    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * gain.to(tl.float32)
-    if BIAS:
-        y += shift.to(tl.float32)
+    y = normalized(h, gain, shift, inside, H, eps, CENTER, BIAS)
     tl.store(normed + row + i, y.to(normed.dtype.element_ty), mask=inside)
 
 
 def add_norm(
-    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    places: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `elementwise.add_norm`; one program per row, the row in registers.
 
-    weight and bias are read before the launch before this one is waited for (`dependent`).
+    places, shares [M, top_k]: x are the rows of experts, to be summed as in `routing.combine`. weight and bias are read
+    before the launch before this one is waited for (`dependent`).
     """
     M, H = residual.shape
     normed = torch.empty_like(residual)
@@ -67,6 +95,8 @@ def add_norm(
     block = triton.next_power_of_2(H)
     _add_norm[(M,)](
         residual if x is None else x,
+        residual if places is None else places,
+        residual if shares is None else shares,
         residual,
         weight,
         weight if bias is None else bias,
@@ -75,6 +105,7 @@ def add_norm(
         H,
         eps,
         ADD=x is not None,
+        TOP=0 if places is None else places.shape[1],
         CENTER=center,
         BIAS=bias is not None,
         BLOCK=block,
