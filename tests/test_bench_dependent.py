@@ -83,9 +83,15 @@ ROUTER = dict(E=8, TOP=2, CENTER=False, BIAS=False, BLOCK=4096, BE=8, BT=2)
 OLD = {"positions", "cos", "sin", "keys", "values"}  # written in earlier steps, or never
 # module, kernel, its signature, constants, what it may read before it waits
 KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
-    ("elementwise", "_add_norm", NORM, dict(ADD=True, TOP=0, CENTER=True, BIAS=True, BLOCK=4096), {"weight", "bias"}),
-    ("elementwise", "_add_norm", NORM, dict(ADD=False, TOP=0, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
-    ("elementwise", "_add_norm", NORM, dict(ADD=True, TOP=2, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
+    (
+        "elementwise",
+        "_add_norm",
+        NORM,
+        dict(ADD=True, TOP=0, BT=1, CENTER=True, BIAS=True, BLOCK=4096),
+        {"weight", "bias"},
+    ),
+    ("elementwise", "_add_norm", NORM, dict(ADD=False, TOP=0, BT=1, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
+    ("elementwise", "_add_norm", NORM, dict(ADD=True, TOP=2, BT=2, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
     ("router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=True), {"weight", "router"}),
     ("router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=False), {"weight", "router"}),
     ("router", "_send", SEND, dict(E=8, TOP=2, BLOCK=4096, BC=32, BE=16), set()),

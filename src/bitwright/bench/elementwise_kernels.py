@@ -42,6 +42,7 @@ def _add_norm(
     eps,
     ADD: tl.constexpr,
     TOP: tl.constexpr,
+    BT: tl.constexpr,
     CENTER: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,12 +60,13 @@ def _add_norm(
     h = tl.load(residual + row + i, mask=inside, other=0.0)
     if ADD:
         if TOP > 0:
-            added = tl.zeros([BLOCK], tl.float32)
-            choice = tl.program_id(0) * TOP
-            for j in tl.static_range(TOP):
-                place = tl.load(places + choice + j).to(tl.int64)
-                part = tl.load(x + place * H + i, mask=inside, other=0.0).to(tl.float32)
-                added += tl.load(shares + choice + j) * part
+            tl.debug_barrier()  # or h is fetched last, once the rows are here: the compiler saves registers
+            t = tl.arange(0, BT)
+            choice = tl.program_id(0) * TOP + t
+            place = tl.load(places + choice, mask=t < TOP, other=0).to(tl.int64)
+            share = tl.load(shares + choice, mask=t < TOP, other=0.0)
+            parts = tl.load(x + place[:, None] * H + i[None, :], mask=(t < TOP)[:, None] & inside[None, :], other=0.0)
+            added = tl.sum(share[:, None] * parts.to(tl.float32), 0)
             added = added.to(normed.dtype.element_ty)
         else:
             added = tl.load(x + row + i, mask=inside, other=0.0)
@@ -93,6 +95,7 @@ def add_norm(
     normed = torch.empty_like(residual)
     total = residual if x is None else torch.empty_like(residual)
     block = triton.next_power_of_2(H)
+    top_k = 0 if places is None else places.shape[1]
     _add_norm[(M,)](
         residual if x is None else x,
         residual if places is None else places,
@@ -105,7 +108,8 @@ def add_norm(
         H,
         eps,
         ADD=x is not None,
-        TOP=0 if places is None else places.shape[1],
+        TOP=top_k,
+        BT=triton.next_power_of_2(max(1, top_k)),
         CENTER=center,
         BIAS=bias is not None,
         BLOCK=block,
