@@ -21,7 +21,7 @@ from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WeightScheme
 
 Linear = Callable[[Tensor, Fragments, Tensor | None], Tensor]
-Experts = Callable[[Tensor, Tensor, Fragments], Tensor]
+Experts = Callable[..., Tensor]
 
 BITS = (4, 3, 2, 8)
 DTYPES = (torch.bfloat16, torch.float16)
