@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu import cases
 from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.kernels import fragments, ops
 from bitwright.kernels.fragments import Fragments, pack, stack
+from bitwright.kernels.routing_ops import sort_by_expert
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WEIGHT_BITS, WeightScheme
 
@@ -82,6 +84,18 @@ def test_experts() -> None:
     assert torch.equal(ops.fragment_experts(x, offsets, *operands(f), N, 4, 32, "triton", True)[:9], y[:9])
     none = torch.zeros(5, dtype=torch.int32)
     assert ops.fragment_experts(x[:0], none, *operands(f), N, 4, 32, "triton").shape == (0, N)
+
+
+@pytest.mark.parametrize(("M", "k", "E"), [(1, 2, 8), (7, 4, 128), (700, 2, 8)])
+def test_tokens_are_sorted_by_expert(M: int, k: int, E: int) -> None:
+    cases.check_sort(sort_by_expert, M, k, E, "cpu")
+
+
+@pytest.mark.parametrize("M", [0, 5])
+def test_sorting_of_tokens_can_be_traced(M: int) -> None:
+    index = torch.randint(0, 5, (M, 2))
+    torch.library.opcheck(sort_by_expert, (index, 4))
+    assert sort_by_expert(index, 4)[0].tolist() == [int((index < e).sum()) for e in range(5)]
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)

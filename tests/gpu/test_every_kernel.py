@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 from bitwright.kernels import ops
 from bitwright.kernels.fragments import Fragments, pack, random, stack
 from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
+from bitwright.kernels.routing_ops import sort_by_expert
 from gpu import cases
 from gpu.cases import Case, Experts, Linear
 
@@ -110,6 +111,11 @@ def test_graph_of_experts_follows_the_routing(kernel: Kernel) -> None:
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, kernel.experts(x, offsets, f)), routing
+
+
+@pytest.mark.parametrize(("M", "k", "E"), [(1, 2, 8), (1, 8, 128), (16, 2, 8), (128, 8, 256), (513, 2, 8), (512, 2, 8)])
+def test_tokens_are_sorted_by_expert(M: int, k: int, E: int, poison: None) -> None:
+    cases.check_sort(sort_by_expert, M, k, E)
 
 
 @pytest.mark.parametrize("T", [2, 32, 300])
