@@ -20,7 +20,7 @@ from bitwright.bench import attention, correctness, decode, fitting, prefill, th
 from bitwright.bench.correctness import tiny
 from bitwright.bench.elementwise import add_norm, silu_mul
 from bitwright.bench.fitting import Depth, choose_depth, fewest_gpus, largest_batch, rank_shape
-from bitwright.bench.linears import DenseExperts, DenseLinear, PackedLinear
+from bitwright.bench.linears import DenseExperts, DenseLinear, PackedExperts, PackedLinear
 from bitwright.bench.mlp import Mlp, MoE, Norm
 from bitwright.bench.model import Block, Decoder, Tables, make_model, make_state, make_tables
 from bitwright.bench.routing import Outputs, Routing, combine, combine_norm, norm_route, route
@@ -252,6 +252,27 @@ def test_tokens_go_to_their_experts_behind_the_norm() -> None:
         of = slice(int(routing.offsets[e]), int(routing.offsets[e + 1]))
         (tokens,) = (best == e).any(dim=1).nonzero(as_tuple=True)
         assert torch.equal(rows[of], normed[tokens])
+
+
+def test_offsets_are_settled_only_behind_packed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of `up` is what has waited for them, and only the packed one does so before it lets others begin."""
+    made = make_model(tiny(MIXTRAL), Scheme.parse("w4a16-g128"), make_tables(tiny(MIXTRAL), BF16, CPU), 1)
+    promised: list[bool] = []
+    right = PackedExperts.__call__
+
+    def call(self: PackedExperts, x: Tensor, offsets: Tensor, settled: bool = False) -> Tensor:
+        promised.append(settled)
+        return right(self, x, offsets, settled)
+
+    monkeypatch.setattr(PackedExperts, "__call__", call)
+    (block,) = made.blocks
+    x = torch.randn(3, 256).to(BF16)
+    block.mlp(block.mlp_norm, x, x)
+    assert promised == [False, True]
+    promised.clear()
+    mixed = replace(block.mlp, up=block.mlp.up.dense())
+    mixed(block.mlp_norm, x, x)
+    assert promised == [False]
 
 
 def test_elementwise_against_torch() -> None:
