@@ -9,8 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.bench import attention, attention_kernels, elementwise, elementwise_kernels, routing, routing_kernels
-from bitwright.bench.routing import Routing
+from bitwright.bench import (
+    attention,
+    attention_kernels,
+    elementwise,
+    elementwise_kernels,
+    router_kernels,
+    routing,
+    routing_kernels,
+)
+from bitwright.bench.routing import Outputs, Routing
 
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one rounding
 
@@ -75,7 +83,7 @@ def relu(dtype: torch.dtype, device: str) -> None:
 
 
 def experts(dtype: torch.dtype, device: str) -> None:
-    """route, combine and the kernel for few rows."""
+    """route, the norm of what experts gave, and the kernel for few rows."""
     for M, E, top_k in ((1, 8, 2), (5, 8, 2), (37, 6, 3), (64, 4, 4)):
         logits = normal(M, E, dtype=dtype, device=device)
         ours, expected = Routing(*routing_kernels.route(logits, top_k)), routing.route_reference(logits, top_k)
@@ -83,11 +91,52 @@ def experts(dtype: torch.dtype, device: str) -> None:
             assert torch.equal(getattr(ours, name), getattr(expected, name)), name
         torch.testing.assert_close(ours.shares, expected.shares, rtol=1e-5, atol=1e-6)
         y = normal(M * top_k, 48, dtype=dtype, device=device)
-        close(routing_kernels.combine(y, ours.places, ours.shares), routing.combine_reference(y, expected))
+        h, gain = normal(M, 48, dtype=dtype, device=device, seed=1), normal(48, dtype=dtype, device=device, seed=2)
+        summed = routing.combine(Outputs(y, expected))
+        norm = (h, gain, None, 1e-5, False)
+        normed, total = elementwise_kernels.add_norm(y, *norm, places=ours.places, shares=ours.shares)
+        close(total, elementwise.add_norm_reference(summed, *norm)[1])
+        close(normed, elementwise.add_norm_reference(summed, *norm)[0], 3)
         weight = normal(E, 24, 48, dtype=dtype, device=device)
         of_row = torch.arange(E, device=device).repeat_interleave(expected.offsets.diff().long())
         products = torch.einsum("tk,tnk->tn", y.double(), weight[of_row].double())
         close(routing_kernels.rows(y, ours.offsets, weight), products.to(dtype), 2)
+
+
+def norm_route(dtype: torch.dtype, device: str) -> None:
+    """From norm to sorted rows, one token and several; no two logits of a token are so close that rounding could swap
+    them, but the last two experts have the same router row: a tie, which the lower number wins."""
+    for M, E, H, top_k, center in (
+        (1, 8, 64, 2, False),
+        (1, 5, 200, 3, True),
+        (3, 8, 1024, 2, False),
+        (16, 6, 64, 4, True),
+    ):
+        assert router_kernels.takes(M, E, H)
+        generator = torch.Generator().manual_seed(M)
+        router = torch.eye(E).repeat(1, H // E + 1)[:, :H] * E / H + torch.randn(E, H, generator=generator) * 2e-4
+        router[-1] = router[-2]
+        order = torch.stack([torch.randperm(E, generator=generator) for _ in range(M)]).float()
+        wanted = (order - E / 2) @ torch.eye(E).repeat(1, H // E + 1)[:, :H]  # larger where an expert is better
+        x = normal(M, H, dtype=dtype, device=device, seed=5)
+        h = (wanted.to(device) - x.float()).to(dtype)
+        weight, router = torch.ones(H, dtype=dtype, device=device), router.to(device, dtype)
+        weight[::3] = 0.75
+        bias = normal(H, dtype=dtype, device=device, seed=6) * 0.01 if center else None
+        case = (x, h, weight, bias, 1e-5, center)
+        normed, total = elementwise.add_norm_reference(*case)
+        logits = (normed.double() @ router.double().t()).float()
+        gaps = logits[:, :-1].sort().values.diff(dim=1)
+        assert gaps.min() > 20 * EPS[dtype], "a case that shows nothing"
+        expected = routing.route_reference(logits.to(dtype), top_k)
+        rows, ours_total, sent = router_kernels.norm_route(*case, router, top_k)
+        ours = Routing(*sent)
+        assert torch.equal(ours_total, total)
+        for name in ("offsets", "tokens", "places"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+        torch.testing.assert_close(ours.shares, expected.shares, rtol=4 * EPS[dtype], atol=1e-6)
+        assert expected.shares[:, -1].min() > 1e-3
+        close(rows, normed[expected.tokens.long()], 3)
 
 
 def decode_attention(dtype: torch.dtype, device: str) -> None:
@@ -120,4 +169,4 @@ def decode_attention(dtype: torch.dtype, device: str) -> None:
                     close(cache[b, :, p : p + 1], expected[b, :, p : p + 1])
 
 
-CASES = (add_norm, rope_cache, silu_mul, relu, experts, decode_attention)
+CASES = (add_norm, rope_cache, silu_mul, relu, experts, norm_route, decode_attention)

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(not triton.__version__.startswith("3.6."), reaso
 
 NORM = {
     "x": "*bf16",
+    "places": "*i32",
+    "shares": "*fp32",
     "residual": "*bf16",
     "weight": "*bf16",
     "bias": "*bf16",
@@ -22,6 +24,31 @@ NORM = {
     "total": "*bf16",
     "H": "i32",
     "eps": "fp32",
+}
+CHOOSE = {
+    "x": "*bf16",
+    "residual": "*bf16",
+    "weight": "*bf16",
+    "bias": "*bf16",
+    "router": "*bf16",
+    "normed": "*bf16",
+    "total": "*bf16",
+    "choices": "*i32",
+    "shares": "*fp32",
+    "offsets": "*i32",
+    "tokens": "*i32",
+    "H": "i32",
+    "eps": "fp32",
+}
+SEND = {
+    "normed": "*bf16",
+    "choices": "*i32",
+    "rows": "*bf16",
+    "offsets": "*i32",
+    "tokens": "*i32",
+    "places": "*i32",
+    "count": "i32",
+    "H": "i32",
 }
 ROPE = {
     "qkv": "*bf16",
@@ -49,22 +76,31 @@ DECODE = {
     "S": "i32",
 }
 ROUTE = {"logits": "*bf16", "offsets": "*i32", "tokens": "*i32", "places": "*i32", "shares": "*fp32", "M": "i32"}
-COMBINE = {"y": "*bf16", "places": "*i32", "shares": "*fp32", "out": "*bf16", "H": "i32"}
 ROWS = {"x": "*bf16", "offsets": "*i32", "weight": "*bf16", "out": "*bf16", "N": "i32", "K": "i32"}
 
 HEADS = dict(KV=8, R=4, D=128, ROPE=True, ROWS=16, KEYS=64, MERGE_ROWS=4, CHUNK=8)
+ROUTER = dict(E=8, TOP=2, CENTER=False, BIAS=False, BLOCK=4096, BE=8, BT=2)
 OLD = {"positions", "cos", "sin", "keys", "values"}  # written in earlier steps, or never
 # module, kernel, its signature, constants, what it may read before it waits
 KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
-    ("elementwise", "_add_norm", NORM, dict(ADD=True, CENTER=True, BIAS=True, BLOCK=4096), {"weight", "bias"}),
-    ("elementwise", "_add_norm", NORM, dict(ADD=False, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
+    (
+        "elementwise",
+        "_add_norm",
+        NORM,
+        dict(ADD=True, TOP=0, BT=1, CENTER=True, BIAS=True, BLOCK=4096),
+        {"weight", "bias"},
+    ),
+    ("elementwise", "_add_norm", NORM, dict(ADD=False, TOP=0, BT=1, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
+    ("elementwise", "_add_norm", NORM, dict(ADD=True, TOP=2, BT=2, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
+    ("router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=True), {"weight", "router"}),
+    ("router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=False), {"weight", "router"}),
+    ("router", "_send", SEND, dict(E=8, TOP=2, BLOCK=4096, BC=32, BE=16), set()),
     ("elementwise", "_rope_cache", ROPE, dict(HEADS=32, KV=8, HALF=64, ROPE=True, ROWS=8), set()),
     ("elementwise", "_silu_mul", {"gate_up": "*bf16", "out": "*bf16", "I": "i32"}, dict(BLOCK=1024), set()),
     ("elementwise", "_relu", {"x": "*bf16", "out": "*bf16", "count": "i32"}, dict(BLOCK=1024), set()),
     ("attention", "_decode", DECODE, HEADS | dict(SPLITS=1), OLD),
     ("attention", "_decode", DECODE, HEADS | dict(SPLITS=33), OLD),
     ("routing", "_route", ROUTE, dict(E=8, TOP=2, BE=8, BM=16), set()),
-    ("routing", "_combine", COMBINE, dict(TOP=2, BLOCK=1024), set()),
     ("routing", "_rows", ROWS, dict(E=8, BN=8, BK=512, BE=8), set()),
 ]
 
@@ -137,7 +173,7 @@ def test_nothing_of_other_kernels_is_touched_before_the_wait(
     assert re.search(r"\b(st\.global|atom)\b", ptx)
 
 
-@pytest.mark.parametrize("which", [0, 6])
+@pytest.mark.parametrize("which", [0, 3, 10])
 def test_elsewhere_the_instructions_are_left_out(which: int) -> None:
     module, kernel, signature, constants, _ = KERNELS[which]
     assert "griddepcontrol" not in compiled(module, kernel, signature, constants, False)

@@ -20,9 +20,10 @@ from bitwright.bench import attention, correctness, decode, fitting, prefill, th
 from bitwright.bench.correctness import tiny
 from bitwright.bench.elementwise import add_norm, silu_mul
 from bitwright.bench.fitting import Depth, choose_depth, fewest_gpus, largest_batch, rank_shape
-from bitwright.bench.linears import DenseExperts, DenseLinear, PackedLinear
-from bitwright.bench.model import Block, Decoder, Mlp, MoE, Norm, Tables, make_model, make_state, make_tables
-from bitwright.bench.routing import Routing, combine, route
+from bitwright.bench.linears import DenseExperts, DenseLinear, PackedExperts, PackedLinear
+from bitwright.bench.mlp import Mlp, MoE, Norm
+from bitwright.bench.model import Block, Decoder, Tables, make_model, make_state, make_tables
+from bitwright.bench.routing import Outputs, Routing, combine, combine_norm, norm_route, route
 from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape, models
 from bitwright.errors import BitwrightError
@@ -58,7 +59,15 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["add_norm", "rope_cache", "silu_mul", "relu", "experts", "decode_attention"]
+    assert done.stdout.split() == [
+        "add_norm",
+        "rope_cache",
+        "silu_mul",
+        "relu",
+        "experts",
+        "norm_route",
+        "decode_attention",
+    ]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -224,8 +233,46 @@ def test_routing_keeps_order_and_sums_to_one() -> None:
     torch.testing.assert_close(routing.shares[2, 0], torch.tensor([5.0, 9.0]).softmax(0)[1])
     y = torch.arange(6.0)[:, None].expand(6, 2)
     expected = [float((routing.shares[m] * routing.places[m]).sum()) for m in range(3)]
-    torch.testing.assert_close(combine(y, routing), torch.tensor(expected)[:, None].expand(3, 2))
+    summed = torch.tensor(expected)[:, None].expand(3, 2)
+    torch.testing.assert_close(combine(Outputs(y, routing)), summed)
     assert isinstance(routing, Routing)
+    h, weight = torch.randn(3, 2), torch.randn(2)
+    torch.testing.assert_close(
+        combine_norm(Outputs(y, routing), h, weight, None, 1e-5, False), add_norm(summed, h, weight, None, 1e-5, False)
+    )
+
+
+def test_tokens_go_to_their_experts_behind_the_norm() -> None:
+    x, h, weight, router = torch.randn(5, 16), torch.randn(5, 16), torch.randn(16), torch.randn(4, 16)
+    rows, total, routing = norm_route(x, h, weight, None, 1e-5, False, router, 2)
+    normed, expected = add_norm(x, h, weight, None, 1e-5, False)
+    assert torch.equal(total, expected)
+    best = (normed @ router.t()).topk(2).indices
+    for e in range(4):
+        of = slice(int(routing.offsets[e]), int(routing.offsets[e + 1]))
+        (tokens,) = (best == e).any(dim=1).nonzero(as_tuple=True)
+        assert torch.equal(rows[of], normed[tokens])
+
+
+def test_offsets_are_settled_only_behind_packed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of `up` is what has waited for them, and only the packed one does so before it lets others begin."""
+    made = make_model(tiny(MIXTRAL), Scheme.parse("w4a16-g128"), make_tables(tiny(MIXTRAL), BF16, CPU), 1)
+    promised: list[bool] = []
+    right = PackedExperts.__call__
+
+    def call(self: PackedExperts, x: Tensor, offsets: Tensor, settled: bool = False) -> Tensor:
+        promised.append(settled)
+        return right(self, x, offsets, settled)
+
+    monkeypatch.setattr(PackedExperts, "__call__", call)
+    (block,) = made.blocks
+    x = torch.randn(3, 256).to(BF16)
+    block.mlp(block.mlp_norm, x, x)
+    assert promised == [False, True]
+    promised.clear()
+    mixed = replace(block.mlp, up=block.mlp.up.dense())
+    mixed(block.mlp_norm, x, x)
+    assert promised == [False]
 
 
 def test_elementwise_against_torch() -> None:

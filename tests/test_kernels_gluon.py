@@ -333,7 +333,10 @@ HOT = (
             (2048, 8192, 3, False),
         )
     ]
-    + [choose_experts(M, 8, 14336, 4096, 4, 128, torch.bfloat16, False) for M in (2, 4096)]
+    + [
+        choose_experts(M, 8, 14336, 4096, 4, 128, torch.bfloat16, False, s)
+        for M, s in ((2, False), (2, True), (4096, True))
+    ]
     + [choose(300, 8192, 8192, 4, 32, torch.float16, True, True, PROCESSORS)]
     + [  # several groups a step: each with a product of its own, or with scales on the weights
         choose(M, 22016, 8192, bits, group, torch.bfloat16, asymmetric, False, PROCESSORS)
@@ -372,3 +375,21 @@ def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
     # Nothing writes a register that a product may still be reading, in the loop of either kind of warpgroup.
     code = sass.disassembled(made.cubin, tmp_path)
     assert sass.loops(code) and not sass.overwritten(code)
+
+
+@known
+@pytest.mark.parametrize("settled", [False, True])
+def test_experts_wait_before_they_read_what_may_not_be_there(settled: bool, tmp_path: Path) -> None:
+    """Offsets and the first words before the wait if the offsets are settled, tokens after it; and the next kernel may
+    not begin before this one has waited. Programs without work may have a wait of their own."""
+    ptx = compiled(choose_experts(2, 8, 14336, 4096, 4, 128, torch.bfloat16, False, settled), tmp_path).ptx
+    found = re.findall(r"griddepcontrol\.(wait|launch_dependents)|(ld\.global\.b32)|(cp\.async\.bulk\.tensor)", ptx)
+    marks = ["".join(kinds) for kinds in found]
+    first = marks.index("wait")
+    assert ("ld.global.b32" in marks[:first]) == settled
+    assert marks[:first].count("cp.async.bulk.tensor") == (2 if settled else 0)  # words and scales
+    assert marks[first:].count("cp.async.bulk.tensor") == (4 if settled else 6)  # tokens of a step are two boxes
+    launches = [m for m in marks if m in ("wait", "launch_dependents")]
+    waits = launches.count("wait")
+    assert launches[:2] == ["wait", "launch_dependents"]
+    assert launches == ["wait", "launch_dependents"] * waits if settled else waits == 1

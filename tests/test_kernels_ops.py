@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu import cases
 from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.kernels import fragments, ops
 from bitwright.kernels.fragments import Fragments, pack, stack
+from bitwright.kernels.routing_ops import sort_by_expert
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WEIGHT_BITS, WeightScheme
 
@@ -79,8 +81,21 @@ def test_experts() -> None:
         one = pack(w, torch.bfloat16)
         expected = ops.fragment_linear(x[rows], *operands(one), None, N, 4, 32, "triton")
         assert torch.equal(y[rows], expected)
+    assert torch.equal(ops.fragment_experts(x, offsets, *operands(f), N, 4, 32, "triton", True)[:9], y[:9])
     none = torch.zeros(5, dtype=torch.int32)
     assert ops.fragment_experts(x[:0], none, *operands(f), N, 4, 32, "triton").shape == (0, N)
+
+
+@pytest.mark.parametrize(("M", "k", "E"), [(1, 2, 8), (7, 4, 128), (700, 2, 8)])
+def test_tokens_are_sorted_by_expert(M: int, k: int, E: int) -> None:
+    cases.check_sort(sort_by_expert, M, k, E, "cpu")
+
+
+@pytest.mark.parametrize("M", [0, 5])
+def test_sorting_of_tokens_can_be_traced(M: int) -> None:
+    index = torch.randint(0, 5, (M, 2))
+    torch.library.opcheck(sort_by_expert, (index, 4))
+    assert sort_by_expert(index, 4)[0].tolist() == [int((index < e).sum()) for e in range(5)]
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
@@ -100,7 +115,9 @@ def test_opcheck(bits: int, symmetric: bool) -> None:
     torch.library.opcheck(ops.fragment_dequantize, (*operands(f), N, K, bits, 32, torch.float16))
     whole = stack([f, f])
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
-    torch.library.opcheck(ops.fragment_experts, (activations(5), offsets, *operands(whole), N, bits, 32, "triton"))
+    for settled in ([], [True]):
+        given = (activations(5), offsets, *operands(whole), N, bits, 32, "triton", *settled)
+        torch.library.opcheck(ops.fragment_experts, given)
 
 
 def test_compiled() -> None:
@@ -162,14 +179,16 @@ def test_an_expert_stack_reaches_its_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     f = stack([pack(random_weight(4, False), torch.bfloat16)] * 2)
     seen: list[Any] = []
 
-    def kernel(x: Tensor, offsets: Tensor, given: Fragments) -> Tensor:
-        seen.append((offsets, given))
+    def kernel(x: Tensor, offsets: Tensor, given: Fragments, settled: bool) -> Tensor:
+        seen.append((offsets, given, settled))
         return x.new_zeros(len(x), given.N)
 
     monkeypatch.setattr(ops, "_experts_kernel", lambda name: kernel)
     offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
     ops._cuda_experts(activations(2), offsets, *operands(f), N, 4, 32, "triton")
+    ops._cuda_experts(activations(2), offsets, *operands(f), N, 4, 32, "triton", settled=True)
     assert seen[0][0] is offsets
+    assert [settled for _, _, settled in seen] == [False, True]
     given = seen[0][1]
     assert replace(given, words=f.words, scale=f.scale, zero=f.zero) == f and given.experts == 2
     assert all(map(torch.equal, given.tensors, f.tensors))

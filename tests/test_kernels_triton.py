@@ -31,11 +31,30 @@ BITS = (2, 3, 4, 8)
 ALIGNED = ("x", "words", "plane", "scale", "zero", "out", "partial", "arrived", "bias", "N", "K")
 
 
-@pytest.mark.parametrize("kind", ["exact", "one-hot", "no tokens", "experts", "dequantize"])
+@pytest.mark.parametrize("kind", ["exact", "one-hot", "no tokens", "experts", "dequantize", "sort"])
 def test_in_the_interpreter(kind: str) -> None:
     assert_checks(
-        "triton_interpreter", kind, {"exact": 25, "one-hot": 4, "no tokens": 1, "experts": 8, "dequantize": 6}[kind]
+        "triton_interpreter",
+        kind,
+        {"exact": 25, "one-hot": 4, "no tokens": 1, "experts": 8, "dequantize": 6, "sort": 5}[kind],
     )
+
+
+@pytest.mark.parametrize("count", [32, 1024])
+def test_sorting_by_expert_compiles_for_hopper(count: int, tmp_path: Path) -> None:
+    from bitwright.kernels.triton.routing import sort_kernel
+
+    names = sort_kernel.arg_names
+    signature = {"index": "*i64", "offsets": "*i32", "tokens": "*i64", "places": "*i64"}
+    signature |= dict.fromkeys(("count", "k", "experts"), "i32") | dict.fromkeys(("BLOCK", "COUNT"), "constexpr")
+    constants = {(names.index("BLOCK"),): 8, (names.index("COUNT"),): count}
+    source = ASTSource(sort_kernel, {n: signature[n] for n in names}, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    (tmp_path / "kernel.ptx").write_text(made.asm["ptx"])
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [ptxas, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores" in said, said
 
 
 def compiled(

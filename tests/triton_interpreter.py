@@ -15,7 +15,7 @@ from gpu.cases import Case
 
 from bitwright.kernels.fragments import dequantize, pack, stack
 from bitwright.kernels.triton import dequantize as dense
-from bitwright.kernels.triton import experts, gemm
+from bitwright.kernels.triton import experts, gemm, routing
 from bitwright.kernels.triton.config import Config
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -81,5 +81,11 @@ def denses() -> dict[str, Callable[[], None]]:
     return {f"dequantize {case}": partial(check, case) for case in kinds}
 
 
+def sorts() -> dict[str, Callable[[], None]]:
+    """Choices by expert, some of none, in fewer and more programs than there are offsets."""
+    sizes = ((1, 2, 8), (5, 1, 3), (7, 4, 128), (40, 3, 5), (128, 8, 64))
+    return {f"sort {size}": partial(cases.check_sort, routing.sort, *size, "cpu") for size in sizes}
+
+
 if __name__ == "__main__":
-    report(linears() | stacks() | denses())
+    report(linears() | stacks() | denses() | sorts())

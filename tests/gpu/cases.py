@@ -21,7 +21,7 @@ from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WeightScheme
 
 Linear = Callable[[Tensor, Fragments, Tensor | None], Tensor]
-Experts = Callable[[Tensor, Tensor, Fragments], Tensor]
+Experts = Callable[..., Tensor]
 
 BITS = (4, 3, 2, 8)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -141,6 +141,17 @@ def check_experts(experts: Experts, case: Case, counts: tuple[int, ...], beyond:
     assert tuple(y.shape) == (total + beyond, case.N)
     if total:
         assert_equal(y[:total], torch.cat(expected), f"{case} {counts}")
+
+
+def check_sort(sort: Callable[[Tensor, int], tuple[Tensor, ...]], M: int, k: int, E: int, device: str = "cuda") -> None:
+    """`sort_by_expert` of M tokens against a list of tuples, sorted; experts from E on are none."""
+    index = torch.randint(0, E + 2, (M, k), generator=torch.Generator().manual_seed(M))
+    offsets, tokens, places = sort(index.to(device), E)
+    assert (offsets.dtype, tokens.dtype, places.dtype) == (torch.int32, torch.int64, torch.int64)
+    order = sorted((e, i) for i, e in enumerate(index.flatten().tolist()))
+    assert offsets.tolist() == [sum(e < first for e, _ in order) for first in range(E + 1)]
+    assert tokens.tolist() == [i // k for _, i in order]
+    assert [order[place][1] for place in places.tolist()] == list(range(M * k))
 
 
 def check_error(linear: Linear, case: Case) -> None:

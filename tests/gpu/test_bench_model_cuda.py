@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitwright.bench import attention, correctness, decode, dependent, fitting, model, prefill, throughput
+from bitwright.bench import attention, correctness, decode, dependent, fitting, mlp, model, prefill, throughput
 from bitwright.bench.correctness import prompts, tiny
 from bitwright.bench.elementwise import rope_tables
-from bitwright.bench.linears import PackedExperts, PackedLinear
+from bitwright.bench.linears import DenseExperts, PackedExperts, PackedLinear
 from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.shapes import models
 from bitwright.bench.timing import capture
@@ -60,7 +60,7 @@ def test_quantized_models_equal_their_dequantized_twins(name: str, scheme: str) 
     assert verdict.reason is None, verdict
 
 
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", [1, 2, 16])
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", ["llama-2-7b", "opt-30b", "mixtral-8x7b"])
 def test_kernels_that_begin_early_change_nothing(
@@ -113,12 +113,79 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(dependent, "options", lambda device: {"PDL": False})
-    for f in ("add_norm", "rope_cache", "silu_mul", "relu", "route", "combine"):
-        monkeypatch.setattr(model, f, alone(getattr(model, f)))
+    for module, names in (
+        (mlp, ("add_norm", "norm_route", "combine_norm", "silu_mul", "relu")),
+        (model, ("rope_cache",)),
+    ):
+        for f in names:
+            monkeypatch.setattr(module, f, alone(getattr(module, f)))
     monkeypatch.setattr(attention, "decode", alone(attention.decode))
     for kind in (PackedLinear, PackedExperts):
         monkeypatch.setattr(kind, "__call__", alone(kind.__call__))
     monkeypatch.setattr(Decoder, "_embed", alone(Decoder._embed))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16, 40])
+@pytest.mark.parametrize("scheme", ["w4a16-g128", None])
+def test_experts_read_nothing_of_an_earlier_replay(
+    scheme: str | None, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captured chain of expert layers of real width whose every intermediate is kept, and poisoned before a replay:
+    what is read too soon is not what an equal replay left there. Offsets of poison give every row to expert 0."""
+    shape = replace(models("mixtral-8x7b"), layers=3)
+    parsed = None if scheme is None else Scheme.parse(scheme)
+    made = make_model(shape, parsed, make_tables(replace(shape, vocab=64), BF16, "cuda"))
+    x, h = (torch.randn(batch, shape.hidden, device="cuda").to(BF16) for _ in range(2))
+    kept: list[torch.Tensor] = []
+
+    def keep(value) -> None:
+        if isinstance(value, torch.Tensor):
+            kept.append(value)
+        elif isinstance(value, tuple):
+            for part in value:
+                keep(part)
+        elif isinstance(value, mlp.Routing):
+            keep((value.offsets, value.tokens, value.places, value.shares))
+
+    def keeping(f: Callable) -> Callable:
+        def call(*args, **kwargs):
+            y = f(*args, **kwargs)
+            keep(y)
+            return y
+
+        return call
+
+    def run() -> torch.Tensor:
+        x_, h_ = x + 0, h + 0
+        for block in made.blocks:
+            x_, h_ = block.mlp(block.mlp_norm, x_, h_)
+            x_, h_ = block.norm(x_, h_)
+        return x_
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            _alone(patched)
+            expected = run()
+        for f in ("add_norm", "norm_route", "combine_norm", "silu_mul"):
+            monkeypatch.setattr(mlp, f, keeping(getattr(mlp, f)))
+        for kind in (PackedExperts, DenseExperts):
+            monkeypatch.setattr(kind, "__call__", keeping(kind.__call__))
+        run()
+        torch.cuda.synchronize()
+        kept.clear()
+        graph = torch.cuda.CUDAGraph()
+        capture(lambda: keep(run()), graph, torch.cuda.Stream())
+        assert len(kept) > 30
+        for _ in range(30):
+            for t in kept:
+                if t.is_floating_point():
+                    t.fill_(float("nan"))
+                else:
+                    t.fill_(batch * shape.top_k if t.numel() == shape.experts + 1 else 0)
+                    t[:1] = 0
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(kept[-1], expected)
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "opt-30b"])

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 from bitwright.kernels import ops
 from bitwright.kernels.fragments import Fragments, pack, random, stack
 from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
+from bitwright.kernels.routing_ops import sort_by_expert
 from gpu import cases
 from gpu.cases import Case, Experts, Linear
 
@@ -110,6 +111,55 @@ def test_graph_of_experts_follows_the_routing(kernel: Kernel) -> None:
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, kernel.experts(x, offsets, f)), routing
+
+
+@pytest.mark.parametrize(("M", "k", "E"), [(1, 2, 8), (1, 8, 128), (16, 2, 8), (128, 8, 256), (513, 2, 8), (512, 2, 8)])
+def test_tokens_are_sorted_by_expert(M: int, k: int, E: int, poison: None) -> None:
+    cases.check_sort(sort_by_expert, M, k, E)
+
+
+@pytest.mark.parametrize("T", [2, 32, 300])
+def test_settled_offsets_are_those_of_this_replay(kernel: Kernel, T: int) -> None:
+    """Two products and an early starter between them, the second promised that the first waited for the offsets; those
+    change from replay to replay, and all between is poisoned."""
+    from bitwright.bench.elementwise_kernels import relu
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    up, down = (random(N, K, 4, 128, True, torch.bfloat16, "cuda", 8) for N, K in ((6144, 2048), (2048, 6144)))
+    x = torch.randn(T, 2048, device="cuda", generator=generator).bfloat16()
+    wanted = torch.zeros(9, dtype=torch.int32, device="cuda")
+    kept: list[Tensor] = []
+
+    def chain(settled: bool, apart: bool) -> Tensor:
+        y = x
+        for _ in range(4):
+            offsets = wanted.clone()
+            inner = kernel.experts(y, offsets, up)
+            between = relu(inner)
+            if apart:
+                torch.cuda.synchronize()
+            y = kernel.experts(between, offsets, down, settled=settled)
+            kept.extend((offsets, inner, between, y))
+            if apart:
+                torch.cuda.synchronize()
+        return y
+
+    chain(True, True)
+    torch.cuda.synchronize()
+    kept.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(True, False)
+    poisoned = list(kept)
+    for _ in range(20):
+        cuts = torch.randint(0, T + 1, (7,), device="cuda", generator=generator).sort().values
+        wanted[1:8], wanted[8] = cuts.int(), T
+        expected = chain(False, True)
+        assert expected.isfinite().all() and expected.abs().max() > 0
+        for t in poisoned:
+            t.fill_(float("nan") if t.is_floating_point() else 0)
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 def test_graphs_and_eager_calls_side_by_side(kernel: Kernel) -> None:

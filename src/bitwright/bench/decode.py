@@ -20,7 +20,8 @@ from bitwright.bench.correctness import Verdict, check
 from bitwright.bench.fitting import Depth, block_bytes, choose_depths, fits, free_bytes, model_bytes
 from bitwright.bench.kernels import DTYPES, Progress
 from bitwright.bench.linears import DenseExperts
-from bitwright.bench.model import Decoder, MoE, State, make_model, make_state, make_tables
+from bitwright.bench.mlp import MoE
+from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.records import FAILED, OK, WRONG, Record, failure, stamp
 from bitwright.bench.shapes import ModelShape
 from bitwright.devices import choose_device

@@ -17,8 +17,22 @@ from bitwright.bench.dependent import release, wait
 
 
 @triton.jit
+def normalized(h, gain, shift, inside, H, eps, CENTER: tl.constexpr, BIAS: tl.constexpr):
+    """The norm of a row h, float32."""
+    h = h.to(tl.float32)
+    if CENTER:
+        h = tl.where(inside, h - tl.sum(h) / H, 0.0)
+    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * gain.to(tl.float32)
+    if BIAS:
+        y += shift.to(tl.float32)
+    return y
+
+
+@triton.jit
 def _add_norm(
     x,
+    places,
+    shares,
     residual,
     weight,
     bias,
@@ -27,6 +41,8 @@ def _add_norm(
     H,
     eps,
     ADD: tl.constexpr,
+    TOP: tl.constexpr,
+    BT: tl.constexpr,
     CENTER: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,30 +59,47 @@ def _add_norm(
     wait(PDL)
     h = tl.load(residual + row + i, mask=inside, other=0.0)
     if ADD:
-        h = (h.to(tl.float32) + tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)).to(normed.dtype.element_ty)
+        if TOP > 0:
+            tl.debug_barrier()  # or h is fetched last, once the rows are here: the compiler saves registers
+            t = tl.arange(0, BT)
+            choice = tl.program_id(0) * TOP + t
+            place = tl.load(places + choice, mask=t < TOP, other=0).to(tl.int64)
+            share = tl.load(shares + choice, mask=t < TOP, other=0.0)
+            parts = tl.load(x + place[:, None] * H + i[None, :], mask=(t < TOP)[:, None] & inside[None, :], other=0.0)
+            added = tl.sum(share[:, None] * parts.to(tl.float32), 0)
+            added = added.to(normed.dtype.element_ty)
+        else:
+            added = tl.load(x + row + i, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + added.to(tl.float32)).to(normed.dtype.element_ty)
         tl.store(total + row + i, h, mask=inside)
-    h = h.to(tl.float32)
-    if CENTER:
-        h = tl.where(inside, h - tl.sum(h) / H, 0.0)
-    y = h * tl.rsqrt(tl.sum(h * h) / H + eps) * gain.to(tl.float32)
-    if BIAS:
-        y += shift.to(tl.float32)
+    y = normalized(h, gain, shift, inside, H, eps, CENTER, BIAS)
     tl.store(normed + row + i, y.to(normed.dtype.element_ty), mask=inside)
 
 
 def add_norm(
-    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    places: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `elementwise.add_norm`; one program per row, the row in registers.
 
-    weight and bias are read before the launch before this one is waited for (`dependent`).
+    places, shares [M, top_k]: x are the rows of experts, to be summed as in `routing.combine`. weight and bias are read
+    before the launch before this one is waited for (`dependent`).
     """
     M, H = residual.shape
     normed = torch.empty_like(residual)
     total = residual if x is None else torch.empty_like(residual)
     block = triton.next_power_of_2(H)
+    top_k = 0 if places is None else places.shape[1]
     _add_norm[(M,)](
         residual if x is None else x,
+        residual if places is None else places,
+        residual if shares is None else shares,
         residual,
         weight,
         weight if bias is None else bias,
@@ -75,6 +108,8 @@ def add_norm(
         H,
         eps,
         ADD=x is not None,
+        TOP=top_k,
+        BT=triton.next_power_of_2(max(1, top_k)),
         CENTER=center,
         BIAS=bias is not None,
         BLOCK=block,

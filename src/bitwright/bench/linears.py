@@ -134,9 +134,12 @@ class PackedExperts:
     dtype: torch.dtype
     kernel: str
 
-    def __call__(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, offsets: Tensor, settled: bool = False) -> Tensor:
+        """settled: the offsets are those of an earlier call, see `ops.fragment_experts`."""
         f = self.weight
-        y: Tensor = fragment_experts(x, offsets, list(f.words), f.scale, f.zero, f.N, f.bits, f.group_size, self.kernel)
+        y: Tensor = fragment_experts(
+            x, offsets, list(f.words), f.scale, f.zero, f.N, f.bits, f.group_size, self.kernel, settled
+        )
         return y
 
     def dense(self) -> DenseExperts:

@@ -2,8 +2,9 @@
 
 One program for all of them: rotary or learned positions, RMSNorm or LayerNorm, gated, plain or expert MLPs. The 16-bit
 model and the quantized one differ in their linears and in nothing else, so that a difference in time is theirs. A block
-is a handful of launches (norm, qkv, attention, o, norm, up, activation, down) without a word to the host, so that a
-step can be captured in a CUDA graph.
+is a handful of launches (norm, qkv, attention, o, norm, up, activation, down; with experts, the norm before them also
+sends tokens to them, and the norm after them sums what they gave) without a word to the host, so that a step can be
+captured in a CUDA graph.
 
 Weights are made on the device, at random: speed does not depend on them.
 """
@@ -19,91 +20,17 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from bitwright.bench import attention
-from bitwright.bench.elementwise import add_norm, relu, rope_cache, rope_tables, silu_mul
-from bitwright.bench.linears import DenseExperts, DenseLinear, Maker, PackedExperts, PackedLinear, RoundedLinear
-from bitwright.bench.routing import combine, route
+from bitwright.bench.elementwise import rope_cache, rope_tables
+from bitwright.bench.linears import Maker
+from bitwright.bench.mlp import Experts, Linear, Mlp, MoE, Norm
+from bitwright.bench.routing import Outputs
 from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape
 from bitwright.errors import BitwrightError
 from bitwright.scheme import Scheme
 
-_EPS = 1e-5
 _ROPE_BASE = 10000.0
 _OPT_OFFSET = 2  # OPT's position table starts two rows late
-
-Linear = DenseLinear | PackedLinear | RoundedLinear
-Experts = DenseExperts | PackedExperts
-
-
-@dataclass(frozen=True)
-class Norm:
-    """weight, bias [hidden]; a bias makes it a LayerNorm."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of residual + x, residual + x)."""
-        return add_norm(x, residual, self.weight, self.bias, _EPS, self.bias is not None)
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """down(silu(gate) * up) where gated, gate and up one linear; else down(relu(up))."""
-
-    up: Linear
-    down: Linear
-    gated: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(_activate(self.up(x), self.gated))
-
-    def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
-        """Its linears alone, on inputs of the right shape made now."""
-        inner = _activate(self.up(x), self.gated)
-        return [partial(self.up, x), partial(self.down, inner)]
-
-    def dense(self) -> Mlp:
-        """The same with dequantized weights."""
-        return replace(self, up=self.up.dense(), down=self.down.dense())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its linears."""
-        return self.up.nbytes + self.down.nbytes
-
-
-@dataclass(frozen=True)
-class MoE:
-    """The `top_k` best experts of each token, by a 16-bit router [E, hidden]; the order of every sum is fixed."""
-
-    router: Tensor
-    up: Experts
-    down: Experts
-    gated: bool
-    top_k: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        routing = route(torch.mm(x, self.router.t()), self.top_k)
-        rows = x.index_select(0, routing.tokens)
-        y = self.down(_activate(self.up(rows, routing.offsets), self.gated), routing.offsets)
-        return combine(y, routing)
-
-    def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
-        """Its linears alone, on inputs of the right shape made now."""
-        routing = route(torch.mm(x, self.router.t()), self.top_k)
-        rows = x.index_select(0, routing.tokens)
-        inner = _activate(self.up(rows, routing.offsets), self.gated)
-        return [partial(self.up, rows, routing.offsets), partial(self.down, inner, routing.offsets)]
-
-    def dense(self) -> MoE:
-        """The same with dequantized weights."""
-        return replace(self, up=self.up.dense(), down=self.down.dense())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its linears."""
-        return self.up.nbytes + self.down.nbytes
 
 
 @dataclass(frozen=True)
@@ -244,12 +171,11 @@ class Decoder:
 
     def _run(self, state: State, h: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Hidden states [M, hidden] through all blocks and the last norm."""
-        x = None
+        x: Tensor | Outputs | None = None
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
             normed, h = block.norm(x, h)
-            y = attend(block.qkv(normed), keys, values).view(h.shape[0], -1)
-            normed, h = block.mlp_norm(block.o(y), h)
-            x = block.mlp(normed)
+            x = block.o(attend(block.qkv(normed), keys, values).view(h.shape[0], -1))
+            x, h = block.mlp(block.mlp_norm, x, h)
         return self.tables.norm(x, h)[0]
 
 
@@ -357,7 +283,3 @@ def _maker(scheme: Scheme | None, dtype: torch.dtype, device: torch.device | str
 def _norm(shape: ModelShape, maker: Maker) -> Norm:
     bias = maker.normal((shape.hidden,), 0.1) if shape.norm == "layernorm" else None
     return Norm(maker.normal((shape.hidden,), 0.1, 1.0), bias)
-
-
-def _activate(y: Tensor, gated: bool) -> Tensor:
-    return silu_mul(y) if gated else relu(y)

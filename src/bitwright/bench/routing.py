@@ -1,4 +1,8 @@
-"""Which tokens go to which expert, and the sum of what comes back; nothing here waits for the device."""
+"""Which tokens go to which expert, and the sum of what comes back; nothing here waits for the device.
+
+A step of few tokens has hardly any work here, so launches count: what lies between attention and experts is one call
+(`norm_route`), and what the experts gave is summed by the next norm (`combine_norm`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bitwright.bench.elementwise import add_norm, add_norm_reference
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,53 @@ class Routing:
     shares: Tensor
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What the experts gave, not summed yet: rows [M top_k, H] in the order of `routing`."""
+
+    rows: Tensor
+    routing: Routing
+
+
+def norm_route(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    router: Tensor,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Routing]:
+    """`add_norm`, its tokens sent by `route`: (rows [M top_k, H] for the experts, residual + x [M, H], the routing).
+
+    router [E, H], in the dtype of x. Its logits are summed in float32 and rounded once.
+    """
+    if x.is_cuda:
+        from bitwright.bench import router_kernels as kernels
+
+        if kernels.takes(x.shape[0], *router.shape):
+            rows, total, sent = kernels.norm_route(x, residual, weight, bias, eps, center, router, top_k)
+            return rows, total, Routing(*sent)
+    normed, total = add_norm(x, residual, weight, bias, eps, center)
+    routing = route(torch.mm(normed, router.t()), top_k)
+    return normed.index_select(0, routing.tokens), total, routing
+
+
+def combine_norm(
+    outputs: Outputs, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
+    """`add_norm` of the tokens' sums over their experts (`combine`)."""
+    if residual.is_cuda:
+        from bitwright.bench import elementwise_kernels as kernels
+
+        routing = outputs.routing
+        return kernels.add_norm(
+            outputs.rows, residual, weight, bias, eps, center, places=routing.places, shares=routing.shares
+        )
+    return add_norm_reference(combine(outputs), residual, weight, bias, eps, center)
+
+
 def route(logits: Tensor, top_k: int) -> Routing:
     """The top_k best of the router's logits [M, E], their weights a softmax over the chosen; ties: the lower expert."""
     if logits.is_cuda:
@@ -30,15 +83,6 @@ def route(logits: Tensor, top_k: int) -> Routing:
         if logits.shape[0] <= kernels.MAX_TOKENS:
             return Routing(*kernels.route(logits, top_k))
     return route_reference(logits, top_k)
-
-
-def combine(y: Tensor, routing: Routing) -> Tensor:
-    """[M, H]: the rows y [M top_k, H] of each token, weighted and summed in float32, best choice first."""
-    if y.is_cuda:
-        from bitwright.bench import routing_kernels as kernels
-
-        return kernels.combine(y, routing.places, routing.shares)
-    return combine_reference(y, routing)
 
 
 def route_reference(logits: Tensor, top_k: int) -> Routing:
@@ -57,8 +101,9 @@ def route_reference(logits: Tensor, top_k: int) -> Routing:
     )
 
 
-def combine_reference(y: Tensor, routing: Routing) -> Tensor:
-    """The twin of `combine`."""
+def combine(outputs: Outputs) -> Tensor:
+    """[M, H]: the rows of each token, weighted and summed in float32, best choice first, rounded once."""
+    y, routing = outputs.rows, outputs.routing
     total = y.new_zeros(routing.places.shape[0], y.shape[1], dtype=torch.float32)
     for j in range(routing.places.shape[1]):
         total = total + routing.shares[:, j, None] * y[routing.places[:, j].long()].float()

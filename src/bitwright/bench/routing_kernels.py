@@ -1,4 +1,4 @@
-"""Triton kernels around the experts of a layer: which token goes where, the sum of what comes back, 16-bit experts.
+"""Triton kernels around the experts of a layer: which of many tokens goes where, and 16-bit experts for few rows.
 
 Torch needs about ten launches to route a handful of tokens; a decoding step has no time for them. One program does it
 here: a token goes to an expert at most once, so the place of a token among those of its expert is a column sum.
@@ -92,31 +92,6 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         **dependent.options(logits.device),
     )
     return offsets, tokens, places, shares
-
-
-@triton.jit
-def _combine(y, places, shares, out, H, TOP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    release(PDL)
-    wait(PDL)
-    m = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for j in tl.static_range(TOP):
-        place = tl.load(places + m * TOP + j).to(tl.int64)
-        part = tl.load(y + place * H + i, mask=i < H, other=0.0).to(tl.float32)
-        total += tl.load(shares + m * TOP + j) * part
-    tl.store(out + m * H + i, total.to(out.dtype.element_ty), mask=i < H)
-
-
-def combine(y: Tensor, places: Tensor, shares: Tensor) -> Tensor:
-    """See `routing.combine`."""
-    M, H = places.shape[0], y.shape[1]
-    out = y.new_empty(M, H)
-    block = 1024
-    _combine[(M, triton.cdiv(H, block))](
-        y, places, shares, out, H, TOP=places.shape[1], BLOCK=block, num_warps=4, **dependent.options(y.device)
-    )
-    return out
 
 
 @triton.jit

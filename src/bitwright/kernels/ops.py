@@ -80,6 +80,7 @@ def _cpu_experts(
     bits: int,
     group_size: int,
     kernel: str,
+    settled: bool = False,
 ) -> Tensor:
     packed = _fragments(words, scale, zero, N, x.shape[1], bits, group_size)
     y = x.new_zeros(x.shape[0], N)
@@ -99,6 +100,7 @@ def _cuda_experts(
     bits: int,
     group_size: int,
     kernel: str,
+    settled: bool = False,
 ) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, N)
@@ -109,7 +111,7 @@ def _cuda_experts(
             "expert's rows begin, and where the last one's end"
         )
     packed = _fragments(words, scale, zero, N, x.shape[1], bits, group_size)
-    return _experts_kernel(kernel)(x.contiguous(), offsets, packed)
+    return _experts_kernel(kernel)(x.contiguous(), offsets, packed, settled=settled)
 
 
 def _fake_experts(
@@ -245,10 +247,13 @@ fragment_linear = define(
 
 # x [T, K] sorted by expert, offsets int32 [E + 1] on the same device -> [T, N]: rows offsets[e] .. offsets[e+1] - 1
 # meet the weight of expert e. Rows from offsets[E] on are unspecified.
+# settled promises that the offsets are complete before this launch may begin, so that it need not wait for the one
+# before it to read them: an earlier call on this stream, itself without the promise, was given the same offsets. It
+# waited for them before anything launched after it could begin, whatever stands in between.
 fragment_experts = define(
     "fragment_experts",
     "(Tensor x, Tensor offsets, Tensor[] words, Tensor scale, Tensor? zero, int N, int bits, int group_size, "
-    "str kernel) -> Tensor",
+    "str kernel, bool settled=False) -> Tensor",
     _cpu_experts,
     _cuda_experts,
     _fake_experts,

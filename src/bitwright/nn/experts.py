@@ -21,6 +21,7 @@ from bitwright.kernels.dispatch import Choice
 from bitwright.kernels.fragments import ROWS, Fragments
 from bitwright.kernels.ops import fragment_experts
 from bitwright.kernels.permuted import Permuted
+from bitwright.kernels.routing_ops import sort_by_expert
 from bitwright.models.experts import UnfusedExperts
 from bitwright.nn.linear import QuantLinear
 from bitwright.nn.packed import PackedModule
@@ -85,13 +86,10 @@ class QuantExperts(UnfusedExperts):
         """All experts at once. Nothing is read on the host, and every sum has a fixed order."""
         M, k = top_k_index.shape
         down = self.get_submodule(DOWN)
-        expert, order = top_k_index.reshape(-1).sort(stable=True)  # what has no expert comes last
-        bounds = torch.arange(self.num_experts + 1, dtype=expert.dtype, device=expert.device)
-        offsets = torch.searchsorted(expert, bounds, out_int32=True)
-        x = hidden_states.to(down.packed.dtype)[order // k]
+        offsets, tokens, places = sort_by_expert(top_k_index, self.num_experts)  # what has no expert comes last
+        x = hidden_states.to(down.packed.dtype)[tokens]
         inner = self._activated(self.get_submodule(UP if self._gate is None else GATE_UP)(x, offsets))
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(M * k, device=order.device))
-        y = down(inner, offsets)[back].view(M, k, down.packed.fragments.N)
+        y = down(inner, offsets)[places].view(M, k, down.packed.fragments.N)
         weighted = y * top_k_weights[..., None]
         # Rows of no expert hold whatever was in memory: replaced, not multiplied by zero.
         weighted.masked_fill_((top_k_index >= self.num_experts)[..., None], 0.0)

@@ -21,7 +21,7 @@ class Config:
     """Compile-time values of `kernel.fragment_gemm`.
 
     Problem: BITS of a code; KIND "bf16" or "fp16"; ASYM with zero points; BIAS with a bias; GROUP columns per scale;
-    EXPERTS of a stack, padded to a power of two (0 = one weight), STACK as they are.
+    EXPERTS of a stack, padded to a power of two (0 = one weight), STACK as they are; SETTLED as in `kernel`.
     Tile: BM tokens, `BN` outputs, BK columns a step with GROUPS scales, NS stages (a multiple of KWG), GM token tiles a
     band.
     Warpgroups: NWG, of which KWG take the same rows and share the steps; REST * 64 rows each; REGISTERS of one that is
@@ -51,6 +51,7 @@ class Config:
     TMA_OUT: bool = False
     EXPERTS: int = 0
     STACK: int = 0
+    SETTLED: bool = False
 
     def __repr__(self) -> str:
         # Triton makes part of a symbol name of it: letters, digits and underscores only.
@@ -181,13 +182,21 @@ def choose(
 
 @lru_cache(maxsize=4096)
 def choose_experts(
-    T: int, E: int, N: int, K: int, bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool
+    T: int,
+    E: int,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    asymmetric: bool,
+    settled: bool = False,
 ) -> Config:
     """The configuration of a grouped product of T rows over E experts, for an even load."""
     M = -(-T // E)
     tiles = _STREAM if M <= 32 else _middle(M, E * N * K) if M <= 128 else _TALL
     config = _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, False)
-    return replace(config, EXPERTS=max(32, 1 << (E - 1).bit_length()), STACK=E)
+    return replace(config, EXPERTS=max(32, 1 << (E - 1).bit_length()), STACK=E, SETTLED=settled)
 
 
 # NWG warpgroups, KWG of them on the same rows, REST * 64 rows each, PER programs a processor; BM None = the least that

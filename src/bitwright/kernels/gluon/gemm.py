@@ -30,14 +30,15 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tenso
     return launch(x, f, bias, config, divide(M, f.N, f.K, config, processors))
 
 
-def experts(x: Tensor, offsets: Tensor, fragments: Fragments) -> Tensor:
+def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = False) -> Tensor:
     """Rows offsets[e] ... offsets[e + 1] - 1 of x [T, K] times weight e of the stack, transposed; returns [T, N].
 
     offsets: int32 [E + 1] on the device, never read by the host. Rows from offsets[E] on are left unwritten. T > 0.
+    settled: see `ops.fragment_experts`.
     """
     f, processors = fragments, _processors(x.device.index)
     assert f.experts is not None, "a stack of experts"
-    config = choose_experts(x.shape[0], f.experts, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None)
+    config = choose_experts(x.shape[0], f.experts, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, settled)
     return launch(x, f, None, config, divide_experts(x.shape[0], f.N, config, processors), offsets)
 
 

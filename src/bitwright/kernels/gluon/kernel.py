@@ -5,7 +5,9 @@ operand of wgmma (`fragment.operand`) and multiply, tokens on the N side, so few
 divided is told in `tiles`, how pieces of a tile are added up in `sums`; results do not depend on timing.
 
 With programmatic dependent launch the words of the first stages, which no earlier kernel writes, are
-on their way while the kernel before still runs.
+on their way while the kernel before still runs. Experts must know first where their rows are. Whoever asks with an
+earlier launch waits for the kernel that says so, in every program, before it lets the next kernel begin; so whatever is
+launched after it begins when the offsets are complete, and if they are the same ones may read them at once: SETTLED.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ def fragment_gemm(
     nn = gl.cdiv(N, BN)
     nk = gl.cdiv(K, C.BK)
     if C.EXPERTS:
-        gdc_wait()  # which tiles there are is the result of an earlier kernel
+        if not C.SETTLED:
+            gdc_wait()  # which tiles there are is the result of an earlier kernel
         first, end, _before = expert_table(offsets, C)
         nm = gl.sum(gl.cdiv(end - first, C.BM), 0)
         per = gl.cdiv(nm * nn * nk, gl.num_programs(0))
@@ -132,7 +135,9 @@ def _produce(load, C: gl.constexpr):
             mbarrier.expect(full.index(ahead), BYTES)
             _load_weights(descriptors, buffers, full, ahead, pn, expert, stack, k, C)
             ahead += 1
-    if C.EXPERTS == 0:
+    # Warpgroups do not wait: what they read or write in memory beside offsets follows a stage that is full, and none is
+    # before its activations came. A program without work waits all the same, since the next kernel counts on it.
+    if C.EXPERTS == 0 or C.SETTLED:
         gdc_wait()
     gdc_launch_dependents()
     it = 0

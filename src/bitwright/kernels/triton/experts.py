@@ -19,12 +19,15 @@ from bitwright.kernels.triton.gemm import accumulate, arrive, check, has_asm, ma
 from bitwright.kernels.workspace import zeros
 
 
-def linear(x: Tensor, offsets: Tensor, fragments: Fragments, tiles: Config | None = None) -> Tensor:
+def linear(
+    x: Tensor, offsets: Tensor, fragments: Fragments, tiles: Config | None = None, settled: bool = False
+) -> Tensor:
     """x [T, K] sorted by expert times a stack of E weights [N, K] -> [T, N] in the dtype of x.
 
     offsets: int32 [E + 1] on the device; rows offsets[e] to offsets[e + 1] - 1 belong to expert e. Rows of the result
-    from offsets[E] on are whatever was in memory. tiles: instead of what `expert_config` chooses. Raises SchemeError
-    for dtypes, groups and offsets the kernel does not know.
+    from offsets[E] on are whatever was in memory. tiles: instead of what `expert_config` chooses. settled: nothing to
+    gain here, since no program begins before all earlier kernels are done. Raises SchemeError for dtypes, groups and
+    offsets the kernel does not know.
     """
     f = fragments
     T, device = x.shape[0], x.device
