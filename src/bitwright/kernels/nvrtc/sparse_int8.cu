@@ -1,0 +1,355 @@
+// 2:4 sparse weights times quantized activations: exact int8 products, then scales, zero points, outliers and the bias.
+//
+// One warp brings stages by TMA, two warpgroups multiply, each 128 rows of the weight by TOKENS tokens. The weight is the
+// left operand and comes from registers (`sparse_fragments`): 4-bit codes become bytes, 16 * code, by two logic
+// operations for eight of them, while the product before them runs. Two blocks of a cluster have the same tokens; each
+// brings half of them to both. After the last step the int32 sums become float32 in the registers that hold them, in the
+// order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
+// operands take the same stages. A block walks over tiles: the next one's stages arrive while results leave.
+//
+// Macros: BITS of a code (4 or 8), TOKENS a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token tiles, OUTLIERS (0 or 1),
+// FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N is a multiple of 8).
+#include "hopper.cuh"
+#include "instructions.cuh"
+
+constexpr int WARPGROUPS = 2, ROWS = 256, STEP = 128, OUTLIER_STEP = 32, PIECE = 32;
+constexpr int BLOCK_BYTES = 256 * BITS / 2 + 256;  // 16 rows x 128 columns: kept codes, then where they stood
+constexpr int WEIGHT_BYTES = ROWS / 16 * BLOCK_BYTES, TOKEN_BYTES = TOKENS * STEP;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
+constexpr int OUTLIER_ROW = 2 * OUTLIER_STEP, OUTLIER_BYTES = (ROWS + TOKENS) * OUTLIER_ROW;
+constexpr int SLOT_BYTES = PIECE * 128;  // of results: 32 tokens x 64 outputs
+constexpr int RESULT_BYTES = WARPGROUPS * 2 * SLOT_BYTES;
+constexpr int SUMS = TOKENS / 2;  // registers of a thread for 64 rows
+static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && TOKENS % PIECE == 0, "");
+
+struct Problem {
+    int M, N, steps, outlier_steps;
+};
+
+struct Ring {  // the stages in turn
+    u32 stage = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+struct Place {
+    int token, row;  // the first of a tile
+};
+
+__device__ __forceinline__ int tiles_of(const Problem& p) {  // of clusters
+    return (p.M + TOKENS - 1) / TOKENS * ((p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER));
+}
+
+// Bands of BAND token tiles, so that what is read twice is still in L2.
+__device__ __forceinline__ Place place(const Problem& p, int tile, u32 rank) {
+    const int nm = (p.M + TOKENS - 1) / TOKENS, nn = (p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER);
+    const int band = tile / (BAND * nn), rows = min(nm - band * BAND, BAND), inside = tile - band * BAND * nn;
+    return {(band * BAND + inside % rows) * TOKENS, (inside / rows * CLUSTER + (int)rank) * ROWS};
+}
+
+// ---- the left operand of a step: two blocks of 64 rows, two halves of 64 columns ----
+
+struct Words {  // as in shared memory
+    Words4 codes[2][BITS / 4];
+    Words2 where[2];
+};
+
+struct Left {
+    u32 codes[2][2][4], where[2][2];  // [rows][columns][register]
+};
+
+__device__ __forceinline__ Words read_words(u32 weight) {
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Words r;
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+        const u32 block = weight + (warp / 4 * 8 + b * 4 + warp % 4) * BLOCK_BYTES;
+#pragma unroll
+        for (int i = 0; i < BITS / 4; i++) r.codes[b][i] = read16(block + 512 * i + 16 * lane);
+        r.where[b] = read8(block + 128 * BITS + 8 * lane);
+    }
+    return r;
+}
+
+__device__ __forceinline__ void set_left(Left& left, const Words& words) {
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#if BITS == 4
+                const u32 word = words.codes[b][0].w[2 * k + i];
+                left.codes[b][k][2 * i] = word << 4 & 0xf0f0f0f0u;
+                left.codes[b][k][2 * i + 1] = word & 0xf0f0f0f0u;
+#else
+                left.codes[b][k][2 * i] = words.codes[b][k].w[2 * i];
+                left.codes[b][k][2 * i + 1] = words.codes[b][k].w[2 * i + 1];
+#endif
+            }
+            // Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
+            left.where[b][k] = max(words.where[b].w[k], 0x44444444u);
+        }
+}
+
+__device__ __forceinline__ void multiply(int (&sums)[2][SUMS], const Left& left, u32 tokens) {
+    const u64 right = operand<128>(tokens);
+    products_fence();
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) sparse_product(sums[b], left.codes[b][k], right + 4 * k, left.where[b][k]);
+    products_commit();
+}
+
+// ---- the warp that brings stages (one thread of it) ----
+
+struct Maps {
+    const TensorMap &weight, &tokens, &weight_outliers, &outliers;
+};
+
+__device__ __forceinline__ void bring_tokens(u32 to, const TensorMap& map, u32 full, int column, int token, u32 rank,
+                                             u32 row_bytes) {
+    if (CLUSTER == 1) {
+        bring(to, map, full, column, token);
+    } else {
+        const u32 first = rank * (TOKENS / CLUSTER);
+        bring_all(to + first * row_bytes, map, full, column, token + (int)first, (u16)((1 << CLUSTER) - 1));
+    }
+}
+
+__device__ __forceinline__ void produce(const Maps& maps, u32 stages, u32 full, u32 empty, const Problem& p, u32 rank) {
+    Ring ring;
+    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
+        const Place at = place(p, tile, rank);
+        for (int k = 0; k < p.steps; k++, ring.next()) {
+            const u32 barrier = full + 8 * ring.stage, stage = stages + ring.stage * STAGE_BYTES;
+            barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(barrier, STAGE_BYTES);
+            bring_tokens(stage, maps.tokens, barrier, k * STEP, at.token, rank, STEP);
+            bring(stage + TOKEN_BYTES, maps.weight, barrier, k * (BLOCK_BYTES / 8), at.row / 16);
+        }
+#if OUTLIERS
+        for (int o = 0; o < p.outlier_steps; o++, ring.next()) {
+            const u32 barrier = full + 8 * ring.stage, stage = stages + ring.stage * STAGE_BYTES;
+            barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(barrier, OUTLIER_BYTES);
+            bring_tokens(stage, maps.outliers, barrier, o * OUTLIER_STEP, at.token, rank, OUTLIER_ROW);
+            bring(stage + TOKENS * OUTLIER_ROW, maps.weight_outliers, barrier, o * OUTLIER_STEP, at.row);
+        }
+#endif
+    }
+}
+
+// ---- the warpgroups that multiply ----
+
+__device__ __forceinline__ void give_back(u32 empty, u32 stage) {
+    __syncwarp();
+    if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty + 8 * stage, threadIdx.x % 32);
+}
+
+// One step: its product starts, the words of the next one come, the product before it ends.
+__device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left& now, Left& next, Ring& ring, u32 stages,
+                                     u32 full, u32 empty, bool first, bool more) {
+    const u32 stage = ring.stage, before = stage == 0 ? STAGES - 1 : stage - 1;
+    multiply(sums, now, stages + stage * STAGE_BYTES);
+    ring.next();
+    Words words;
+    if (more) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+    }
+    products_wait<1>();
+    if (!first) give_back(empty, before);
+    if (more) set_left(next, words);
+}
+
+__device__ __forceinline__ float finished(int sum, int zero, int row_sum, float scale, float weight_scale) {
+    const int exact = (BITS == 4 ? sum >> 4 : sum) - zero * row_sum;  // a sum of 16 * code loses nothing
+    return __fmul_rn(__fmul_rn(__int2float_rn(exact), scale), weight_scale);
+}
+
+__device__ __forceinline__ u32 rounded(float low, float high) {
+    u32 r;
+#if FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+    return r;
+}
+
+__device__ __forceinline__ float bias_of(const void* bias, int row) {
+#if BIAS == 2
+    return ((const float*)bias)[row];
+#elif FLOAT16
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(((const u16*)bias)[row]));
+    return r;
+#else
+    return __uint_as_float((u32)((const u16*)bias)[row] << 16);
+#endif
+}
+
+// Results [64 * 2 rows, tokens] of a warpgroup to out [tokens, rows].
+__device__ __forceinline__ void write(const float (&y)[2][SUMS], const TensorMap& map, u16* out, u32 slots,
+                                      const Problem& p, int token, int row) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#if TMA_OUT
+    const u32 group = threadIdx.x / 128, matrix = lane / 8;
+    const u32 line = 8 * (matrix / 2) + lane % 8, chunk = (2 * warp + matrix % 2) ^ (line & 7);
+#pragma unroll
+    for (int piece = 0; piece < 2 * TOKENS / PIECE; piece++) {
+        const int b = piece % 2, first = piece / 2 * (PIECE / 8);  // rows; tokens in eights
+        const u32 slot = slots + (2 * group + b) * SLOT_BYTES;
+#pragma unroll
+        for (int j = 0; j < PIECE / 8; j += 2) {
+            const float* v = &y[b][4 * (first + j)];
+            write_transposed(slot + (8 * j + line) * 128 + chunk * 16, rounded(v[0], v[1]), rounded(v[2], v[3]),
+                             rounded(v[4], v[5]), rounded(v[6], v[7]));
+        }
+        fence_async();
+        // After this the other slot is free: its results have been read when the first thread comes here.
+        if (threadIdx.x % 128 == 0) wait_taken();
+        named_sync(1 + group, 128);
+        if (threadIdx.x % 128 == 0) take_away(map, slot, row + 64 * b, token + 8 * first);
+    }
+#else
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 2) {
+            const int n = row + 64 * b + 16 * warp + lane / 4 + 4 * (i & 2), m = token + i / 4 * 8 + lane % 4 * 2;
+            const u32 both = rounded(y[b][i], y[b][i + 1]);
+            if (n < p.N && m < p.M) out[(u64)m * p.N + n] = (u16)both;
+            if (n < p.N && m + 1 < p.M) out[(u64)(m + 1) * p.N + n] = (u16)(both >> 16);
+        }
+#endif
+}
+
+__device__ __forceinline__ void consume(const TensorMap& results, u16* out, const float* scale, const int* zero,
+                                        const float* weight_scale, const int* row_sums, const void* bias, u32 stages,
+                                        u32 slots, u32 full, u32 empty, const Problem& p, u32 rank) {
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    Ring ring;
+    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
+        const Place at = place(p, tile, rank);
+        int sums[2][SUMS];
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) sums[0][i] = sums[1][i] = 0;
+        Left even, odd;
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        set_left(even, read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES));
+        for (int k = 0;;) {
+            turn(sums, even, odd, ring, stages, full, empty, k == 0, k + 1 < p.steps);
+            if (++k == p.steps) break;
+            turn(sums, odd, even, ring, stages, full, empty, false, k + 1 < p.steps);
+            if (++k == p.steps) break;
+        }
+        products_wait<0>();
+        give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
+
+        const int first = at.row + 128 * group, row = first + 16 * warp + lane / 4;
+        int of_row[2][2];
+        float scale_of_row[2][2];
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int n = row + 64 * b + 8 * h;
+                of_row[b][h] = n < p.N ? row_sums[n] : 0;
+                scale_of_row[b][h] = n < p.N ? weight_scale[n] : 0.0f;
+            }
+        float y[2][SUMS];
+#pragma unroll
+        for (int j = 0; j < SUMS / 4; j++)
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                const int m = at.token + 8 * j + lane % 4 * 2 + x;
+                const int zero_of_token = m < p.M ? zero[m] : 0;
+                const float scale_of_token = m < p.M ? scale[m] : 0.0f;
+#pragma unroll
+                for (int b = 0; b < 2; b++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const int i = 4 * j + 2 * h + x;
+                        y[b][i] = finished(sums[b][i], zero_of_token, of_row[b][h], scale_of_token, scale_of_row[b][h]);
+                    }
+            }
+#if OUTLIERS
+        for (int o = 0; o < p.outlier_steps; o++) {
+            const u32 stage = ring.stage, here = stages + stage * STAGE_BYTES;
+            barrier_wait(full + 8 * stage, ring.parity);
+            const u64 right = operand<OUTLIER_ROW>(here);
+            const u64 left = operand<OUTLIER_ROW>(here + (TOKENS + 128 * group) * OUTLIER_ROW);
+            products_fence();
+#pragma unroll
+            for (int k = 0; k < OUTLIER_STEP / 16; k++)
+#pragma unroll
+                for (int b = 0; b < 2; b++)
+                    outlier_product(y[b], left + (b * 64 * OUTLIER_ROW + 32 * k) / 16, right + 32 * k / 16);
+            products_commit();
+            products_wait<1>();
+            if (o > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+            ring.next();
+        }
+        products_wait<0>();
+        give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
+#endif
+#if BIAS
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int n = row + 64 * b + 8 * h;
+                const float added = n < p.N ? bias_of(bias, n) : 0.0f;
+#pragma unroll
+                for (int i = 2 * h; i < SUMS; i += 4) {
+                    y[b][i] = __fadd_rn(y[b][i], added);
+                    y[b][i + 1] = __fadd_rn(y[b][i + 1], added);
+                }
+            }
+#endif
+        write(y, results, out, slots, p, at.token, first);
+    }
+#if TMA_OUT
+    if (threadIdx.x % 128 == 0) wait_taken();
+#endif
+}
+
+// out [M, N] = the sum over `steps` steps of base columns and `outlier_steps` of outliers. In clusters of CLUSTER blocks.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+    sparse_int8(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens,
+                const __grid_constant__ TensorMap weight_outliers, const __grid_constant__ TensorMap outliers,
+                const __grid_constant__ TensorMap results, u16* out, const float* scale, const int* zero,
+                const float* weight_scale, const int* row_sums, const void* bias, int M, int N, int steps,
+                int outlier_steps) {
+    extern __shared__ unsigned char memory[];
+    const u32 stages = (shared_address(memory) + 1023) & ~1023u, slots = stages + STAGES * STAGE_BYTES;
+    const u32 full = slots + (TMA_OUT ? RESULT_BYTES : 0), empty = full + 8 * STAGES;
+    const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const Problem problem = {M, N, steps, outlier_steps};
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 4 * WARPGROUPS * CLUSTER);  // every warp that multiplies gives a stage back
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_async();
+    }
+    // No block may be written to before its barriers are there, nor after it is gone.
+    if (CLUSTER > 1) cluster_sync();
+    __syncthreads();
+    if (threadIdx.x >= 128 * WARPGROUPS) {
+        set_registers_down<24>();
+        if (threadIdx.x == 128 * WARPGROUPS) {
+            produce({weight, tokens, weight_outliers, outliers}, stages, full, empty, problem, rank);
+        }
+        __syncwarp();
+    } else {
+        set_registers_up<240>();
+        consume(results, out, scale, zero, weight_scale, row_sums, bias, stages, slots, full, empty, problem, rank);
+    }
+    if (CLUSTER > 1) cluster_sync();
+}
