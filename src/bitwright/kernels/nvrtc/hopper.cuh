@@ -52,6 +52,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 }
 
 __device__ __forceinline__ void cluster_sync() {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -67,10 +68,6 @@ __device__ __forceinline__ void named_sync(u32 name, u32 threads) {
 }
 
 // ---- TMA ----
-
-__device__ __forceinline__ void prefetch(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 // A box at (column, row) to shared memory of this block.
 __device__ __forceinline__ void bring(u32 to, const TensorMap& map, u32 barrier, int column, int row) {
@@ -113,6 +110,19 @@ __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_g
 template <int pending>
 __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Sums are read after the wait before this, not earlier: the compiler does not know that a wait concerns them.
+template <int count>
+__device__ __forceinline__ void products_done(int (&sums)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
+template <int count>
+__device__ __forceinline__ void products_done(float (&sums)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // An operand in rows of `row_bytes` (128 or 64), swizzled over as many bytes, 8 rows after 8 rows.

@@ -9,99 +9,8 @@
 //
 // Macros: BITS of a code (4 or 8), TOKENS a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token tiles, OUTLIERS (0 or 1),
 // FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N is a multiple of 8).
-#include "hopper.cuh"
-#include "instructions.cuh"
-
-constexpr int WARPGROUPS = 2, ROWS = 256, STEP = 128, OUTLIER_STEP = 32, PIECE = 32;
-constexpr int BLOCK_BYTES = 256 * BITS / 2 + 256;  // 16 rows x 128 columns: kept codes, then where they stood
-constexpr int WEIGHT_BYTES = ROWS / 16 * BLOCK_BYTES, TOKEN_BYTES = TOKENS * STEP;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
-constexpr int OUTLIER_ROW = 2 * OUTLIER_STEP, OUTLIER_BYTES = (ROWS + TOKENS) * OUTLIER_ROW;
-constexpr int SLOT_BYTES = PIECE * 128;  // of results: 32 tokens x 64 outputs
-constexpr int RESULT_BYTES = WARPGROUPS * 2 * SLOT_BYTES;
-constexpr int SUMS = TOKENS / 2;  // registers of a thread for 64 rows
-static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && TOKENS % PIECE == 0, "");
-
-struct Problem {
-    int M, N, steps, outlier_steps;
-};
-
-struct Ring {  // the stages in turn
-    u32 stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
-struct Place {
-    int token, row;  // the first of a tile
-};
-
-__device__ __forceinline__ int tiles_of(const Problem& p) {  // of clusters
-    return (p.M + TOKENS - 1) / TOKENS * ((p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER));
-}
-
-// Bands of BAND token tiles, so that what is read twice is still in L2.
-__device__ __forceinline__ Place place(const Problem& p, int tile, u32 rank) {
-    const int nm = (p.M + TOKENS - 1) / TOKENS, nn = (p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER);
-    const int band = tile / (BAND * nn), rows = min(nm - band * BAND, BAND), inside = tile - band * BAND * nn;
-    return {(band * BAND + inside % rows) * TOKENS, (inside / rows * CLUSTER + (int)rank) * ROWS};
-}
-
-// ---- the left operand of a step: two blocks of 64 rows, two halves of 64 columns ----
-
-struct Words {  // as in shared memory
-    Words4 codes[2][BITS / 4];
-    Words2 where[2];
-};
-
-struct Left {
-    u32 codes[2][2][4], where[2][2];  // [rows][columns][register]
-};
-
-__device__ __forceinline__ Words read_words(u32 weight) {
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Words r;
-#pragma unroll
-    for (int b = 0; b < 2; b++) {
-        const u32 block = weight + (warp / 4 * 8 + b * 4 + warp % 4) * BLOCK_BYTES;
-#pragma unroll
-        for (int i = 0; i < BITS / 4; i++) r.codes[b][i] = read16(block + 512 * i + 16 * lane);
-        r.where[b] = read8(block + 128 * BITS + 8 * lane);
-    }
-    return r;
-}
-
-__device__ __forceinline__ void set_left(Left& left, const Words& words) {
-#pragma unroll
-    for (int b = 0; b < 2; b++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-#if BITS == 4
-                const u32 word = words.codes[b][0].w[2 * k + i];
-                left.codes[b][k][2 * i] = word << 4 & 0xf0f0f0f0u;
-                left.codes[b][k][2 * i + 1] = word & 0xf0f0f0f0u;
-#else
-                left.codes[b][k][2 * i] = words.codes[b][k].w[2 * i];
-                left.codes[b][k][2 * i + 1] = words.codes[b][k].w[2 * i + 1];
-#endif
-            }
-            // Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
-            left.where[b][k] = max(words.where[b].w[k], 0x44444444u);
-        }
-}
-
-__device__ __forceinline__ void multiply(int (&sums)[2][SUMS], const Left& left, u32 tokens) {
-    const u64 right = operand<128>(tokens);
-    products_fence();
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-#pragma unroll
-        for (int b = 0; b < 2; b++) sparse_product(sums[b], left.codes[b][k], right + 4 * k, left.where[b][k]);
-    products_commit();
-}
+#include "sparse_results.cuh"
+#include "sparse_tile.cuh"
 
 // ---- the warp that brings stages (one thread of it) ----
 
@@ -165,69 +74,6 @@ __device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left& now, Left
     if (more) set_left(next, words);
 }
 
-__device__ __forceinline__ float finished(int sum, int zero, int row_sum, float scale, float weight_scale) {
-    const int exact = (BITS == 4 ? sum >> 4 : sum) - zero * row_sum;  // a sum of 16 * code loses nothing
-    return __fmul_rn(__fmul_rn(__int2float_rn(exact), scale), weight_scale);
-}
-
-__device__ __forceinline__ u32 rounded(float low, float high) {
-    u32 r;
-#if FLOAT16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
-}
-
-__device__ __forceinline__ float bias_of(const void* bias, int row) {
-#if BIAS == 2
-    return ((const float*)bias)[row];
-#elif FLOAT16
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(((const u16*)bias)[row]));
-    return r;
-#else
-    return __uint_as_float((u32)((const u16*)bias)[row] << 16);
-#endif
-}
-
-// Results [64 * 2 rows, tokens] of a warpgroup to out [tokens, rows].
-__device__ __forceinline__ void write(const float (&y)[2][SUMS], const TensorMap& map, u16* out, u32 slots,
-                                      const Problem& p, int token, int row) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-#if TMA_OUT
-    const u32 group = threadIdx.x / 128, matrix = lane / 8;
-    const u32 line = 8 * (matrix / 2) + lane % 8, chunk = (2 * warp + matrix % 2) ^ (line & 7);
-#pragma unroll
-    for (int piece = 0; piece < 2 * TOKENS / PIECE; piece++) {
-        const int b = piece % 2, first = piece / 2 * (PIECE / 8);  // rows; tokens in eights
-        const u32 slot = slots + (2 * group + b) * SLOT_BYTES;
-#pragma unroll
-        for (int j = 0; j < PIECE / 8; j += 2) {
-            const float* v = &y[b][4 * (first + j)];
-            write_transposed(slot + (8 * j + line) * 128 + chunk * 16, rounded(v[0], v[1]), rounded(v[2], v[3]),
-                             rounded(v[4], v[5]), rounded(v[6], v[7]));
-        }
-        fence_async();
-        // After this the other slot is free: its results have been read when the first thread comes here.
-        if (threadIdx.x % 128 == 0) wait_taken();
-        named_sync(1 + group, 128);
-        if (threadIdx.x % 128 == 0) take_away(map, slot, row + 64 * b, token + 8 * first);
-    }
-#else
-#pragma unroll
-    for (int b = 0; b < 2; b++)
-#pragma unroll
-        for (int i = 0; i < SUMS; i += 2) {
-            const int n = row + 64 * b + 16 * warp + lane / 4 + 4 * (i & 2), m = token + i / 4 * 8 + lane % 4 * 2;
-            const u32 both = rounded(y[b][i], y[b][i + 1]);
-            if (n < p.N && m < p.M) out[(u64)m * p.N + n] = (u16)both;
-            if (n < p.N && m + 1 < p.M) out[(u64)(m + 1) * p.N + n] = (u16)(both >> 16);
-        }
-#endif
-}
-
 __device__ __forceinline__ void consume(const TensorMap& results, u16* out, const float* scale, const int* zero,
                                         const float* weight_scale, const int* row_sums, const void* bias, u32 stages,
                                         u32 slots, u32 full, u32 empty, const Problem& p, u32 rank) {
@@ -248,6 +94,8 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
             if (++k == p.steps) break;
         }
         products_wait<0>();
+        products_done(sums[0]);
+        products_done(sums[1]);
         give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
 
         const int first = at.row + 128 * group, row = first + 16 * warp + lane / 4;
@@ -295,6 +143,8 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
             ring.next();
         }
         products_wait<0>();
+        products_done(y[0]);
+        products_done(y[1]);
         give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
 #endif
 #if BIAS
