@@ -93,6 +93,15 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
             turn(sums, odd, even, ring, stages, full, empty, false, k + 1 < p.steps);
             if (++k == p.steps) break;
         }
+        // Scales and zero points of all tokens, a lane those of one in 32; shuffles hand them on.
+        int zeros[TOKENS / 32];
+        float scales[TOKENS / 32];
+#pragma unroll
+        for (int c = 0; c < TOKENS / 32; c++) {
+            const int m = at.token + 32 * c + lane;
+            zeros[c] = m < p.M ? zero[m] : 0;
+            scales[c] = m < p.M ? scale[m] : 0.0f;
+        }
         products_wait<0>();
         products_done(sums[0]);
         products_done(sums[1]);
@@ -114,9 +123,9 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
         for (int j = 0; j < SUMS / 4; j++)
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const int m = at.token + 8 * j + lane % 4 * 2 + x;
-                const int zero_of_token = m < p.M ? zero[m] : 0;
-                const float scale_of_token = m < p.M ? scale[m] : 0.0f;
+                const int from = 8 * (j % 4) + lane % 4 * 2 + x;
+                const int zero_of_token = __shfl_sync(0xffffffffu, zeros[j / 4], from);
+                const float scale_of_token = __shfl_sync(0xffffffffu, scales[j / 4], from);
 #pragma unroll
                 for (int b = 0; b < 2; b++)
 #pragma unroll
