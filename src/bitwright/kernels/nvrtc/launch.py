@@ -39,6 +39,7 @@ class Config:
     TMA_OUT: int
     CLUSTER: int = 2
     BAND: int = 16
+    HALVES: int = 0
     STAGES: int | None = None
 
     @property

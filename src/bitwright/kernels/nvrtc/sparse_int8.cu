@@ -7,8 +7,9 @@
 // order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
 // operands take the same stages. A block walks over tiles: the next one's stages arrive while results leave.
 //
-// Macros: BITS of a code (4 or 8), TOKENS a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token tiles, OUTLIERS (0 or 1),
-// FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N is a multiple of 8).
+// Macros: BITS of a code (4 or 8), TOKENS a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token tiles, HALVES (1: two
+// products a step, which take fewer registers), OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the
+// result, 2: float32), TMA_OUT (N is a multiple of 8).
 #include "sparse_results.cuh"
 #include "sparse_tile.cuh"
 
@@ -58,11 +59,43 @@ __device__ __forceinline__ void give_back(u32 empty, u32 stage) {
     if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty + 8 * stage, threadIdx.x % 32);
 }
 
+#if HALVES
+// Steps in halves: one is made ready while the product of the other runs. Ends with a product under way.
+__device__ __forceinline__ void add_products(int (&sums)[2][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
+                                             int steps) {
+    Left low, high;
+    barrier_wait(full + 8 * ring.stage, ring.parity);
+    Words words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+    set_left<0>(low, words);
+    for (int k = 0; k < steps; k++) {
+        const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
+        products_fence();
+        multiply<0>(sums, low, right);
+        products_commit();
+        products_wait<1>();
+        if (k > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+        set_left<1>(high, words);
+        products_fence();
+        multiply<1>(sums, high, right);
+        products_commit();
+        ring.next();
+        if (k + 1 < steps) {
+            barrier_wait(full + 8 * ring.stage, ring.parity);
+            words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+        }
+        products_wait<1>();
+        set_left<0>(low, words);
+    }
+}
+#else
 // One step: its product starts, the words of the next one come, the product before it ends.
-__device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left& now, Left& next, Ring& ring, u32 stages,
-                                     u32 full, u32 empty, bool first, bool more) {
-    const u32 stage = ring.stage, before = stage == 0 ? STAGES - 1 : stage - 1;
-    multiply(sums, now, stages + stage * STAGE_BYTES);
+__device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left (&now)[2], Left (&next)[2], Ring& ring,
+                                     u32 stages, u32 full, u32 empty, bool first, bool more) {
+    const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
+    products_fence();
+    multiply<0>(sums, now[0], right);
+    multiply<1>(sums, now[1], right);
+    products_commit();
     ring.next();
     Words words;
     if (more) {
@@ -70,9 +103,29 @@ __device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left& now, Left
         words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
     }
     products_wait<1>();
-    if (!first) give_back(empty, before);
-    if (more) set_left(next, words);
+    if (!first) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+    if (more) {
+        set_left<0>(next[0], words);
+        set_left<1>(next[1], words);
+    }
 }
+
+// Whole steps in turn. Ends with a product under way.
+__device__ __forceinline__ void add_products(int (&sums)[2][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
+                                             int steps) {
+    Left even[2], odd[2];
+    barrier_wait(full + 8 * ring.stage, ring.parity);
+    const Words words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+    set_left<0>(even[0], words);
+    set_left<1>(even[1], words);
+    for (int k = 0;;) {
+        turn(sums, even, odd, ring, stages, full, empty, k == 0, k + 1 < steps);
+        if (++k == steps) break;
+        turn(sums, odd, even, ring, stages, full, empty, false, k + 1 < steps);
+        if (++k == steps) break;
+    }
+}
+#endif
 
 __device__ __forceinline__ void consume(const TensorMap& results, u16* out, const float* scale, const int* zero,
                                         const float* weight_scale, const int* row_sums, const void* bias, u32 stages,
@@ -84,15 +137,7 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
         int sums[2][SUMS];
 #pragma unroll
         for (int i = 0; i < SUMS; i++) sums[0][i] = sums[1][i] = 0;
-        Left even, odd;
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        set_left(even, read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES));
-        for (int k = 0;;) {
-            turn(sums, even, odd, ring, stages, full, empty, k == 0, k + 1 < p.steps);
-            if (++k == p.steps) break;
-            turn(sums, odd, even, ring, stages, full, empty, false, k + 1 < p.steps);
-            if (++k == p.steps) break;
-        }
+        add_products(sums, ring, stages, full, empty, p.steps);
         // Scales and zero points of all tokens, a lane those of one in 32; shuffles hand them on.
         int zeros[TOKENS / 32];
         float scales[TOKENS / 32];

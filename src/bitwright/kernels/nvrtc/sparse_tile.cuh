@@ -46,8 +46,8 @@ struct Words {  // as in shared memory
     Words2 where[2];
 };
 
-struct Left {
-    u32 codes[2][2][4], where[2][2];  // [rows][columns][register]
+struct Left {  // of one half
+    u32 codes[2][4], where[2];  // [rows][register]
 };
 
 __device__ __forceinline__ Words read_words(u32 weight) {
@@ -63,33 +63,33 @@ __device__ __forceinline__ Words read_words(u32 weight) {
     return r;
 }
 
+template <int half>
 __device__ __forceinline__ void set_left(Left& left, const Words& words) {
 #pragma unroll
-    for (int b = 0; b < 2; b++)
+    for (int b = 0; b < 2; b++) {
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 2; i++) {
 #if BITS == 4
-                const u32 word = words.codes[b][0].w[2 * k + i];
-                left.codes[b][k][2 * i] = word << 4 & 0xf0f0f0f0u;
-                left.codes[b][k][2 * i + 1] = word & 0xf0f0f0f0u;
+            u32 word = words.codes[b][0].w[2 * half + i];
+            asm volatile("" : "+r"(word));  // not before the wait that precedes: it would take registers for longer
+            left.codes[b][2 * i] = word << 4 & 0xf0f0f0f0u;
+            left.codes[b][2 * i + 1] = word & 0xf0f0f0f0u;
 #else
-                left.codes[b][k][2 * i] = words.codes[b][k].w[2 * i];
-                left.codes[b][k][2 * i + 1] = words.codes[b][k].w[2 * i + 1];
+            left.codes[b][2 * i] = words.codes[b][half].w[2 * i];
+            left.codes[b][2 * i + 1] = words.codes[b][half].w[2 * i + 1];
 #endif
-            }
-            // Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
-            left.where[b][k] = max(words.where[b].w[k], 0x44444444u);
         }
+        // Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
+        left.where[b] = max(words.where[b].w[half], 0x44444444u);
+        // Nor after the fence that follows.
+        asm volatile("" : "+r"(left.codes[b][0]), "+r"(left.codes[b][1]), "+r"(left.codes[b][2]),
+                     "+r"(left.codes[b][3]), "+r"(left.where[b]));
+    }
 }
 
+template <int half>
 __device__ __forceinline__ void multiply(int (&sums)[2][SUMS], const Left& left, u32 tokens) {
-    const u64 right = operand<128>(tokens);
-    products_fence();
+    const u64 right = operand<128>(tokens) + 4 * half;  // 64 bytes
 #pragma unroll
-    for (int k = 0; k < 2; k++)
-#pragma unroll
-        for (int b = 0; b < 2; b++) sparse_product(sums[b], left.codes[b][k], right + 4 * k, left.where[b][k]);
-    products_commit();
+    for (int b = 0; b < 2; b++) sparse_product(sums[b], left.codes[b], right, left.where[b]);
 }
