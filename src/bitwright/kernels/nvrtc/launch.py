@@ -17,13 +17,14 @@ from bitwright.kernels.sparse_fragments import block_bytes
 from bitwright.kernels.triton.gemm import machine
 
 SHARED_MEMORY = 227 << 10  # bytes of a block
-ROWS = 256  # outputs of a tile
 _THREADS = 384
 _OUTLIER_STEP = 32
 _PIECE = 32  # tokens of results that are written at a time
 _RESULTS = 4 * _PIECE * 128  # bytes of shared memory for results: two pieces of each warpgroup
 _ALIGNMENT = 1024  # of stages in shared memory
-_HALF_COST = 0.65  # time of a tile of 64 tokens over that of one of 128
+# Tiles, outputs by tokens, and the time of one over that of the largest. Fewer outputs spread the weight over more
+# processors where tokens are few.
+_TILES = {(256, 128): 1.0, (256, 64): 0.65, (128, 64): 0.45}
 _SAME, _FLOAT32 = 1, 2  # BIAS
 
 
@@ -32,6 +33,7 @@ class Config:
     """Macros of `sparse_int8.cu`; there is what they mean. STAGES: None = as many as fit."""
 
     BITS: int
+    ROWS: int
     TOKENS: int
     OUTLIERS: int
     FLOAT16: int
@@ -45,7 +47,7 @@ class Config:
     @property
     def stage_bytes(self) -> int:
         """Of a step of base columns."""
-        return ROWS // 16 * block_bytes(self.BITS) + self.TOKENS * STEP
+        return self.ROWS // 16 * block_bytes(self.BITS) + self.TOKENS * STEP
 
     @property
     def stages(self) -> int:
@@ -57,6 +59,10 @@ class Config:
     def shared(self) -> int:
         """Bytes of shared memory, what alignment may take included."""
         return _ALIGNMENT + self.stages * (self.stage_bytes + 16) + (_RESULTS if self.TMA_OUT else 0)
+
+    def clusters(self, M: int, N: int) -> int:
+        """Tiles, each one of every block of a cluster, of M tokens by N outputs."""
+        return -(-M // self.TOKENS) * -(-N // (self.ROWS * self.CLUSTER))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -75,19 +81,22 @@ def choose(M: int, N: int, O: int, bits: int, bias: torch.dtype | None, dtype: t
     """Tiles for M tokens times N outputs with O outliers."""
     config = Config(
         BITS=bits,
+        ROWS=256,
         TOKENS=128,
         OUTLIERS=int(O > 0),
         FLOAT16=int(dtype == torch.float16),
         BIAS=0 if bias is None else _SAME if bias == dtype else _FLOAT32,
         TMA_OUT=int(N % 8 == 0),
-        CLUSTER=2 if N > ROWS else 1,
     )
+    candidates = [
+        replace(config, ROWS=rows, TOKENS=tokens, CLUSTER=2 if rows < N and processors > 1 else 1)
+        for rows, tokens in _TILES
+    ]
 
-    def rounds(tokens: int) -> int:
-        tiles = -(-M // tokens) * -(-N // (ROWS * config.CLUSTER))
-        return -(-tiles // (processors // config.CLUSTER))
+    def time(c: Config) -> float:
+        return -(-c.clusters(M, N) // (processors // c.CLUSTER)) * _TILES[c.ROWS, c.TOKENS]
 
-    return replace(config, TOKENS=64) if _HALF_COST * rounds(64) < rounds(128) else config
+    return min(candidates, key=time)
 
 
 def linear(
@@ -117,16 +126,16 @@ def linear(
         bias = bias.to(torch.float32)
     codes, weight, outliers, weight_outliers = map(_aligned, (codes, weight, outliers, weight_outliers))
     tokens = tensor_map(codes, (c.TOKENS // c.CLUSTER, STEP), 128)
-    matrix = tensor_map(weight.view(torch.int64).flatten(1), (ROWS // 16, block_bytes(bits) // 8), 0)
+    matrix = tensor_map(weight.view(torch.int64).flatten(1), (c.ROWS // 16, block_bytes(bits) // 8), 0)
     weight_columns = columns = results = tokens
     if c.OUTLIERS:
         columns = tensor_map(outliers, (c.TOKENS // c.CLUSTER, _OUTLIER_STEP), 2 * _OUTLIER_STEP)
-        weight_columns = tensor_map(weight_outliers, (ROWS, _OUTLIER_STEP), 2 * _OUTLIER_STEP)
+        weight_columns = tensor_map(weight_outliers, (c.ROWS, _OUTLIER_STEP), 2 * _OUTLIER_STEP)
     if c.TMA_OUT:
         results = tensor_map(out, (_PIECE, 64), 128)
     pointers = (out, scale, zero, weight_scale, row_sums, out if bias is None else bias)
     numbers = (M, N, codes.shape[1] // STEP, -(-O // _OUTLIER_STEP))
-    clusters = min(-(-M // c.TOKENS) * -(-N // (ROWS * c.CLUSTER)), processors // c.CLUSTER)
+    clusters = min(c.clusters(M, N), processors // c.CLUSTER)
     kernel(c, codes.device.index)(
         clusters * c.CLUSTER,
         _THREADS,

@@ -1,15 +1,15 @@
 // 2:4 sparse weights times quantized activations: exact int8 products, then scales, zero points, outliers and the bias.
 //
-// One warp brings stages by TMA, two warpgroups multiply, each 128 rows of the weight by TOKENS tokens. The weight is the
+// One warp brings stages by TMA, two warpgroups multiply, each half the rows of a tile by TOKENS tokens. The weight is the
 // left operand and comes from registers (`sparse_fragments`): 4-bit codes become bytes, 16 * code, by two logic
 // operations for eight of them, while the product before them runs. Two blocks of a cluster have the same tokens; each
 // brings half of them to both. After the last step the int32 sums become float32 in the registers that hold them, in the
 // order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
 // operands take the same stages. A block walks over tiles: the next one's stages arrive while results leave.
 //
-// Macros: BITS of a code (4 or 8), TOKENS a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token tiles, HALVES (1: two
-// products a step, which take fewer registers), OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the
-// result, 2: float32), TMA_OUT (N is a multiple of 8).
+// Macros: BITS of a code (4 or 8), ROWS (128 or 256) and TOKENS of a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token
+// tiles, HALVES (1: two products a step, which take fewer registers), OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS
+// (0: none, 1: as the result, 2: float32), TMA_OUT (N is a multiple of 8).
 #include "sparse_results.cuh"
 #include "sparse_tile.cuh"
 
@@ -61,7 +61,7 @@ __device__ __forceinline__ void give_back(u32 empty, u32 stage) {
 
 #if HALVES
 // Steps in halves: one is made ready while the product of the other runs. Ends with a product under way.
-__device__ __forceinline__ void add_products(int (&sums)[2][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
+__device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
                                              int steps) {
     Left low, high;
     barrier_wait(full + 8 * ring.stage, ring.parity);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void add_products(int (&sums)[2][SUMS], Ring& ring, u
 }
 #else
 // One step: its product starts, the words of the next one come, the product before it ends.
-__device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left (&now)[2], Left (&next)[2], Ring& ring,
+__device__ __forceinline__ void turn(int (&sums)[BLOCKS][SUMS], const Left (&now)[2], Left (&next)[2], Ring& ring,
                                      u32 stages, u32 full, u32 empty, bool first, bool more) {
     const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
     products_fence();
@@ -111,7 +111,7 @@ __device__ __forceinline__ void turn(int (&sums)[2][SUMS], const Left (&now)[2],
 }
 
 // Whole steps in turn. Ends with a product under way.
-__device__ __forceinline__ void add_products(int (&sums)[2][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
+__device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
                                              int steps) {
     Left even[2], odd[2];
     barrier_wait(full + 8 * ring.stage, ring.parity);
@@ -134,9 +134,11 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
     Ring ring;
     for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
         const Place at = place(p, tile, rank);
-        int sums[2][SUMS];
+        int sums[BLOCKS][SUMS];
 #pragma unroll
-        for (int i = 0; i < SUMS; i++) sums[0][i] = sums[1][i] = 0;
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) sums[b][i] = 0;
         add_products(sums, ring, stages, full, empty, p.steps);
         // Scales and zero points of all tokens, a lane those of one in 32; shuffles hand them on.
         int zeros[TOKENS / 32];
@@ -148,22 +150,22 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
             scales[c] = m < p.M ? scale[m] : 0.0f;
         }
         products_wait<0>();
-        products_done(sums[0]);
-        products_done(sums[1]);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
         give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
 
-        const int first = at.row + 128 * group, row = first + 16 * warp + lane / 4;
-        int of_row[2][2];
-        float scale_of_row[2][2];
+        const int first = at.row + 64 * BLOCKS * group, row = first + 16 * warp + lane / 4;
+        int of_row[BLOCKS][2];
+        float scale_of_row[BLOCKS][2];
 #pragma unroll
-        for (int b = 0; b < 2; b++)
+        for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int n = row + 64 * b + 8 * h;
                 of_row[b][h] = n < p.N ? row_sums[n] : 0;
                 scale_of_row[b][h] = n < p.N ? weight_scale[n] : 0.0f;
             }
-        float y[2][SUMS];
+        float y[BLOCKS][SUMS];
 #pragma unroll
         for (int j = 0; j < SUMS / 4; j++)
 #pragma unroll
@@ -172,7 +174,7 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
                 const int zero_of_token = __shfl_sync(0xffffffffu, zeros[j / 4], from);
                 const float scale_of_token = __shfl_sync(0xffffffffu, scales[j / 4], from);
 #pragma unroll
-                for (int b = 0; b < 2; b++)
+                for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const int i = 4 * j + 2 * h + x;
@@ -184,12 +186,12 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
             const u32 stage = ring.stage, here = stages + stage * STAGE_BYTES;
             barrier_wait(full + 8 * stage, ring.parity);
             const u64 right = operand<OUTLIER_ROW>(here);
-            const u64 left = operand<OUTLIER_ROW>(here + (TOKENS + 128 * group) * OUTLIER_ROW);
+            const u64 left = operand<OUTLIER_ROW>(here + (TOKENS + 64 * BLOCKS * group) * OUTLIER_ROW);
             products_fence();
 #pragma unroll
             for (int k = 0; k < OUTLIER_STEP / 16; k++)
 #pragma unroll
-                for (int b = 0; b < 2; b++)
+                for (int b = 0; b < BLOCKS; b++)
                     outlier_product(y[b], left + (b * 64 * OUTLIER_ROW + 32 * k) / 16, right + 32 * k / 16);
             products_commit();
             products_wait<1>();
@@ -197,13 +199,13 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
             ring.next();
         }
         products_wait<0>();
-        products_done(y[0]);
-        products_done(y[1]);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) products_done(y[b]);
         give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
 #endif
 #if BIAS
 #pragma unroll
-        for (int b = 0; b < 2; b++)
+        for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int n = row + 64 * b + 8 * h;

@@ -29,17 +29,17 @@ __device__ __forceinline__ float bias_of(const void* bias, int row) {
 #endif
 }
 
-// Results [64 * 2 rows, tokens] of a warpgroup to out [tokens, rows].
-__device__ __forceinline__ void write(const float (&y)[2][SUMS], const TensorMap& map, u16* out, u32 slots,
+// Results [64 * BLOCKS rows, tokens] of a warpgroup to out [tokens, rows].
+__device__ __forceinline__ void write(const float (&y)[BLOCKS][SUMS], const TensorMap& map, u16* out, u32 slots,
                                       const Problem& p, int token, int row) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #if TMA_OUT
     const u32 group = threadIdx.x / 128, matrix = lane / 8;
     const u32 line = 8 * (matrix / 2) + lane % 8, chunk = (2 * warp + matrix % 2) ^ (line & 7);
 #pragma unroll
-    for (int piece = 0; piece < 2 * TOKENS / PIECE; piece++) {
-        const int b = piece % 2, first = piece / 2 * (PIECE / 8);  // rows; tokens in eights
-        const u32 slot = slots + (2 * group + b) * SLOT_BYTES;
+    for (int piece = 0; piece < BLOCKS * TOKENS / PIECE; piece++) {
+        const int b = piece % BLOCKS, first = piece / BLOCKS * (PIECE / 8);  // rows; tokens in eights
+        const u32 slot = slots + (2 * group + piece % 2) * SLOT_BYTES;
 #pragma unroll
         for (int j = 0; j < PIECE / 8; j += 2) {
             const float* v = &y[b][4 * (first + j)];
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write(const float (&y)[2][SUMS], const TensorMap
     }
 #else
 #pragma unroll
-    for (int b = 0; b < 2; b++)
+    for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
         for (int i = 0; i < SUMS; i += 2) {
             const int n = row + 64 * b + 16 * warp + lane / 4 + 4 * (i & 2), m = token + i / 4 * 8 + lane % 4 * 2;

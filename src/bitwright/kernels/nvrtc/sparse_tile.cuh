@@ -3,7 +3,8 @@
 #include "hopper.cuh"
 #include "instructions.cuh"
 
-constexpr int WARPGROUPS = 2, ROWS = 256, STEP = 128, OUTLIER_STEP = 32, PIECE = 32;
+constexpr int WARPGROUPS = 2, STEP = 128, OUTLIER_STEP = 32, PIECE = 32;
+constexpr int BLOCKS = ROWS / 128;  // of 64 rows, that a warpgroup multiplies
 constexpr int BLOCK_BYTES = 256 * BITS / 2 + 256;  // 16 rows x 128 columns: kept codes, then where they stood
 constexpr int WEIGHT_BYTES = ROWS / 16 * BLOCK_BYTES, TOKEN_BYTES = TOKENS * STEP;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
@@ -11,7 +12,7 @@ constexpr int OUTLIER_ROW = 2 * OUTLIER_STEP, OUTLIER_BYTES = (ROWS + TOKENS) * 
 constexpr int SLOT_BYTES = PIECE * 128;  // of results: 32 tokens x 64 outputs
 constexpr int RESULT_BYTES = WARPGROUPS * 2 * SLOT_BYTES;
 constexpr int SUMS = TOKENS / 2;  // registers of a thread for 64 rows
-static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && TOKENS % PIECE == 0, "");
+static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && BLOCKS * TOKENS % (2 * PIECE) == 0, "");
 
 struct Problem {
     int M, N, steps, outlier_steps;
@@ -39,23 +40,23 @@ __device__ __forceinline__ Place place(const Problem& p, int tile, u32 rank) {
     return {(band * BAND + inside % rows) * TOKENS, (inside / rows * CLUSTER + (int)rank) * ROWS};
 }
 
-// ---- the left operand of a step: two blocks of 64 rows, two halves of 64 columns ----
+// ---- the left operand of a step: BLOCKS of 64 rows, two halves of 64 columns ----
 
 struct Words {  // as in shared memory
-    Words4 codes[2][BITS / 4];
-    Words2 where[2];
+    Words4 codes[BLOCKS][BITS / 4];
+    Words2 where[BLOCKS];
 };
 
 struct Left {  // of one half
-    u32 codes[2][4], where[2];  // [rows][register]
+    u32 codes[BLOCKS][4], where[BLOCKS];  // [rows][register]
 };
 
 __device__ __forceinline__ Words read_words(u32 weight) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Words r;
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
-        const u32 block = weight + (warp / 4 * 8 + b * 4 + warp % 4) * BLOCK_BYTES;
+    for (int b = 0; b < BLOCKS; b++) {
+        const u32 block = weight + (warp / 4 * (4 * BLOCKS) + b * 4 + warp % 4) * BLOCK_BYTES;
 #pragma unroll
         for (int i = 0; i < BITS / 4; i++) r.codes[b][i] = read16(block + 512 * i + 16 * lane);
         r.where[b] = read8(block + 128 * BITS + 8 * lane);
@@ -66,7 +67,7 @@ __device__ __forceinline__ Words read_words(u32 weight) {
 template <int half>
 __device__ __forceinline__ void set_left(Left& left, const Words& words) {
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
+    for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
 #if BITS == 4
@@ -88,8 +89,8 @@ __device__ __forceinline__ void set_left(Left& left, const Words& words) {
 }
 
 template <int half>
-__device__ __forceinline__ void multiply(int (&sums)[2][SUMS], const Left& left, u32 tokens) {
+__device__ __forceinline__ void multiply(int (&sums)[BLOCKS][SUMS], const Left& left, u32 tokens) {
     const u64 right = operand<128>(tokens) + 4 * half;  // 64 bytes
 #pragma unroll
-    for (int b = 0; b < 2; b++) sparse_product(sums[b], left.codes[b], right, left.where[b]);
+    for (int b = 0; b < BLOCKS; b++) sparse_product(sums[b], left.codes[b], right, left.where[b]);
 }
