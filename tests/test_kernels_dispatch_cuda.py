@@ -14,7 +14,17 @@ from bitwright.kernels import cuda, dispatch, problem
 from bitwright.kernels.cuda import FragmentWeight, GluonWeight, TritonWeight, gemm_above
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
-from bitwright.kernels.problem import CUSPARSELT, GLUON, HOPPER, PDL, TRITON, Problem, cuda_features, triton_version
+from bitwright.kernels.problem import (
+    CUSPARSELT,
+    GLUON,
+    HOPPER,
+    NVRTC,
+    PDL,
+    TRITON,
+    Problem,
+    cuda_features,
+    triton_version,
+)
 from bitwright.kernels.split_cuda import SplitMma
 from bitwright.nn.linear import QuantLinear
 from bitwright.qtensor import QuantizedTensor
@@ -199,6 +209,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(problem, "find_spec", lambda name: None if triton is None else object())
         monkeypatch.setattr(torch.version, "cuda", cuda_version)
         monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+        monkeypatch.setattr(problem.nvrtc, "missing", lambda: "not there")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -232,6 +243,15 @@ def test_cusparselt_is_a_feature(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu((9, 0), "3.6.0")
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     assert cuda_features() == ALL | {CUSPARSELT}
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_the_runtime_compiler_is_a_feature_of_hopper(
+    gpu, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    gpu(capability, "3.6.0")
+    monkeypatch.setattr(problem.nvrtc, "missing", lambda: None)
+    assert (NVRTC in cuda_features()) == (capability == (9, 0))
 
 
 def test_rocm_is_not_cuda(gpu) -> None:

@@ -125,9 +125,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ):
         rest = {n: operands[n] for n in names[1:4] + names[5:9]} | {name: value}
         with pytest.raises(SchemeError, match=f"{name} must be contiguous"):
-            int8_ops._check_rest(*rest.values(), 5, 72, torch.bfloat16)
+            int8_ops.check_rest(*rest.values(), 5, 72, torch.bfloat16)
     with pytest.raises(SchemeError, match=r"not torch\.float32"):
-        int8_ops._check_rest(*rest.values(), 5, 72, torch.float32)
+        int8_ops.check_rest(*rest.values(), 5, 72, torch.float32)
 
 
 # --- the kernels

@@ -48,7 +48,7 @@ def _cpu_linear(
     # float64 holds every one of these integers exactly.
     sums = unpacked.to(torch.float64) @ codes[:, :B].to(torch.float64).t()
     out = torch.empty(codes.shape[0], N, dtype=dtype)
-    _cpu_finish(out, sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias)
+    cpu_finish(out, sums, scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias)
     return out
 
 
@@ -71,7 +71,7 @@ def _cuda_linear(
     from bitwright.kernels.triton.int8 import linear
 
     _check(codes, weight, bits, N, B)
-    _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
+    check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
     if codes.shape[0] > FEW_TOKENS and {HOPPER, GLUON} <= cuda_features(codes.device):
         from bitwright.kernels.gluon import int8
 
@@ -100,7 +100,7 @@ def _fake_linear(
     return codes.new_empty(codes.shape[0], N, dtype=dtype)
 
 
-def _cpu_finish(
+def cpu_finish(
     out: Tensor,
     sums: Tensor,
     scale: Tensor,
@@ -111,6 +111,7 @@ def _cpu_finish(
     weight_outliers: Tensor,
     bias: Tensor | None,
 ) -> None:
+    """out [M, N] of sums [at least N, at least M] that hold integers exactly, slow and obvious."""
     M, N = scale.shape[0], weight_scale.shape[0]
     exact = sums[:N, :M].t().to(torch.float64) - zero.to(torch.float64)[:, None] * row_sums.to(torch.float64)
     y = exact.to(torch.float32) * scale[:, None] * weight_scale
@@ -135,7 +136,7 @@ def _cuda_finish(
     from bitwright.kernels.triton.int8 import finish
 
     M, N = scale.shape[0], weight_scale.shape[0]
-    _check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, M, N, out.dtype)
+    check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, M, N, out.dtype)
     if tuple(out.shape) != (M, N) or (M > 0 and N > 1 and out.stride(1) != 1):
         raise SchemeError(
             f"out is {list(out.shape)} with strides {out.stride()}; rows of [{M}, {N}] are needed, each contiguous"
@@ -178,7 +179,7 @@ def _check(codes: Tensor, weight: Tensor, bits: int, N: int, B: int) -> None:
             )
 
 
-def _check_rest(
+def check_rest(
     scale: Tensor,
     zero: Tensor,
     outliers: Tensor,
@@ -229,7 +230,7 @@ int8_linear = define(
 int8_finish = define(
     "int8_finish",
     f"(Tensor(a!) out, Tensor sums, Tensor scale, Tensor zero, Tensor outliers, {_REST}) -> ()",
-    _cpu_finish,
+    cpu_finish,
     _cuda_finish,
     _fake_finish,
 )

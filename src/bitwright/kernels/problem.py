@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
+from bitwright.kernels.nvrtc import compile as nvrtc
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 from bitwright.split import SplitTensor
@@ -28,6 +29,7 @@ VNNI = "vnni"  # int8 dot products in hardware
 HOPPER = "hopper"  # compute capability 9.0: wgmma and TMA
 TRITON = "triton"  # Triton is installed, and the GPU is one it compiles for
 CUSPARSELT = "cusparselt"  # torch brings cuSPARSELt: products with 2:4 weights
+NVRTC = "nvrtc"  # CUDA's runtime compiler is there, for kernels in CUDA C++
 GLUON = "gluon"  # that Triton's Gluon is one our kernels are written for
 PDL = "pdl"  # programmatic dependent launch, by the GPU and by Triton
 
@@ -174,6 +176,8 @@ def _cuda_features(index: int) -> frozenset[str]:
         found.add(HOPPER)
     if capability >= _PDL_CAPABILITY and (triton_version() or (0, 0)) >= _PDL_TRITON:
         found.add(PDL)
+    if capability[0] == 9 and nvrtc.missing() is None:  # what we have in CUDA C++ is for Hopper
+        found.add(NVRTC)
     if torch.backends.cusparselt.is_available():
         found.add(CUSPARSELT)
     return frozenset(found)

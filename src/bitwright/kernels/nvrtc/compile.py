@@ -1,0 +1,116 @@
+"""CUDA C++ to machine code for Hopper by NVRTC, called through its C interface.
+
+The library is searched for where wheels put it, beside torch, and then by name as the dynamic linker does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+from bitwright.errors import DependencyError
+
+ARCHITECTURE = "sm_90a"
+_OLDEST = (12, 4)  # releases before it were never tried
+_MAJORS = (13, 12)  # of CUDA, the preferred first
+_MISSING = "NVRTC, CUDA's runtime compiler, was not found: install nvidia-cuda-nvrtc (torch's CUDA wheels bring it)"
+
+
+class CompileError(DependencyError):
+    """A program that NVRTC refuses; the message holds what it says."""
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled, or None."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=256)
+def compiled(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str, ...]) -> tuple[bytes, str]:
+    """(cubin, what the compiler says) of the source file `name` of this folder.
+
+    headers: (name, text) of what it may include besides the .cuh files beside it. DependencyError without NVRTC,
+    CompileError if it does not compile.
+    """
+    nvrtc, reason = _load()
+    if nvrtc is None:
+        raise DependencyError(reason or _MISSING)
+    folder = files(__package__)
+    beside = tuple((f.name, f.read_text(encoding="utf-8")) for f in folder.iterdir() if f.name.endswith(".cuh"))
+    included = [*beside, *headers]
+    source = (folder / name).read_text(encoding="utf-8")
+    program = ctypes.c_void_p()
+    _check(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program),
+            source.encode(),
+            name.encode(),
+            len(included),
+            _strings([text for _, text in included]),
+            _strings([title for title, _ in included]),
+        ),
+    )
+    try:
+        asked = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *options]
+        failed = nvrtc.nvrtcCompileProgram(program, len(asked), _strings(asked))
+        said = _bytes(nvrtc, "ProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
+        if failed:
+            raise CompileError(f"NVRTC does not compile {name} with {' '.join(asked)}: {said}")
+        return _bytes(nvrtc, "CUBIN", program), said
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _strings(texts: list[str]) -> ctypes.Array[ctypes.c_char_p]:
+    return (ctypes.c_char_p * len(texts))(*(t.encode() for t in texts))
+
+
+def _bytes(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    held = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, held))
+    return held.raw
+
+
+def _check(nvrtc: ctypes.CDLL, result: int) -> None:
+    if result:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CompileError(f"NVRTC: {nvrtc.nvrtcGetErrorString(result).decode()}")
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(the library, None) or (None, why not)."""
+    reason = _MISSING
+    for path in _candidates():
+        try:
+            # It opens its second half by name when it compiles, which finds what is loaded already.
+            for second in Path(path).parent.glob("libnvrtc-builtins.so.*") if "/" in path else ():
+                ctypes.CDLL(str(second), mode=ctypes.RTLD_GLOBAL)
+            nvrtc = ctypes.CDLL(path)
+        except OSError:
+            continue
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        if nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+            continue
+        if (major.value, minor.value) >= _OLDEST:
+            return nvrtc, None
+        reason = f"needs NVRTC {_OLDEST[0]}.{_OLDEST[1]} or later, {path} is {major.value}.{minor.value}"
+    return None, reason
+
+
+def _candidates() -> Iterator[str]:
+    for folder in sys.path:
+        # nvidia/cu13/lib in wheels for CUDA 13, nvidia/cuda_nvrtc/lib in those before
+        for library in sorted(Path(folder or ".").glob("nvidia/*/lib/libnvrtc.so.1?"), reverse=True):
+            yield str(library)
+    yield from (f"libnvrtc.so.{major}" for major in _MAJORS)
+    if home := os.environ.get("CUDA_HOME"):
+        yield from (f"{home}/lib64/libnvrtc.so.{major}" for major in _MAJORS)

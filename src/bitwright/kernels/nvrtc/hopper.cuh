@@ -1,0 +1,176 @@
+// Hopper's instructions that CUDA C++ has no words for. Addresses of shared memory are 32-bit ones of this block.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- mbarriers ----
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives at the barrier at the same place in block `rank` of the cluster. What came before are reads, which end before
+// their values are used: nothing has to be made visible to the other block, and a release to the cluster would be a
+// fence of all memory.
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
+    u32 passed;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(passed)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return passed;
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+#ifdef SPIN_LIMIT  // a hang becomes an error of the launch
+    for (u32 i = 0; !barrier_passed(barrier, parity); i++)
+        if (i > SPIN_LIMIT) asm volatile("trap;");
+#else
+    while (!barrier_passed(barrier, parity)) {
+    }
+#endif
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Of the threads that name it, which are `threads` many.
+__device__ __forceinline__ void named_sync(u32 name, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// ---- TMA ----
+
+// A box at (column, row) to shared memory of this block.
+__device__ __forceinline__ void bring(u32 to, const TensorMap& map, u32 barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row)
+        : "memory");
+}
+
+// The same to the blocks of `mask`, and to their barriers.
+__device__ __forceinline__ void bring_all(u32 to, const TensorMap& map, u32 barrier, int column, int row, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask)
+        : "memory");
+}
+
+__device__ __forceinline__ void take_away(const TensorMap& map, u32 from, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(from),
+                 "r"(column), "r"(row)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until what this thread took away has left shared memory.
+__device__ __forceinline__ void wait_taken() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Own writes to shared memory before what TMA and the tensor cores do with it afterwards.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- tensor cores; the products are in instructions.cuh ----
+
+__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most `pending` groups of products are under way.
+template <int pending>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Sums are read after the wait before this, not earlier: the compiler does not know that a wait concerns them.
+template <int count>
+__device__ __forceinline__ void products_done(int (&sums)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
+template <int count>
+__device__ __forceinline__ void products_done(float (&sums)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// An operand in rows of `row_bytes` (128 or 64), swizzled over as many bytes, 8 rows after 8 rows.
+template <int row_bytes>
+__device__ __forceinline__ u64 operand(u32 address) {
+    const u64 swizzle = row_bytes == 128 ? 1 : 2;
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * row_bytes >> 4) << 32 | swizzle << 62;
+}
+
+template <int registers>
+__device__ __forceinline__ void set_registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+template <int registers>
+__device__ __forceinline__ void set_registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// ---- shared memory ----
+
+struct Words4 {
+    u32 w[4];
+};
+struct Words2 {
+    u32 w[2];
+};
+
+__device__ __forceinline__ Words4 read16(u32 address) {
+    Words4 r;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
+                 : "r"(address)
+                 : "memory");
+    return r;
+}
+
+__device__ __forceinline__ Words2 read8(u32 address) {
+    Words2 r;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "r"(address) : "memory");
+    return r;
+}
+
+// Four 8 x 8 matrices of 16 bits, transposed; the lane gives the address of row lane % 8 of matrix lane / 8.
+__device__ __forceinline__ void write_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}

@@ -1,0 +1,261 @@
+// 2:4 sparse weights times quantized activations: exact int8 products, then scales, zero points, outliers and the bias.
+//
+// One warp brings stages by TMA, two warpgroups multiply, each half the rows of a tile by TOKENS tokens. The weight is the
+// left operand and comes from registers (`sparse_fragments`): 4-bit codes become bytes, 16 * code, by two logic
+// operations for eight of them, while the product before them runs. Two blocks of a cluster have the same tokens; each
+// brings half of them to both. After the last step the int32 sums become float32 in the registers that hold them, in the
+// order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
+// operands take the same stages. A block walks over tiles: the next one's stages arrive while results leave.
+//
+// Macros: BITS of a code (4 or 8), ROWS (128 or 256) and TOKENS of a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token
+// tiles, HALVES (1: two products a step, which take fewer registers), OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS
+// (0: none, 1: as the result, 2: float32), TMA_OUT (N is a multiple of 8).
+#include "sparse_results.cuh"
+#include "sparse_tile.cuh"
+
+// ---- the warp that brings stages (one thread of it) ----
+
+struct Maps {
+    const TensorMap &weight, &tokens, &weight_outliers, &outliers;
+};
+
+__device__ __forceinline__ void bring_tokens(u32 to, const TensorMap& map, u32 full, int column, int token, u32 rank,
+                                             u32 row_bytes) {
+    if (CLUSTER == 1) {
+        bring(to, map, full, column, token);
+    } else {
+        const u32 first = rank * (TOKENS / CLUSTER);
+        bring_all(to + first * row_bytes, map, full, column, token + (int)first, (u16)((1 << CLUSTER) - 1));
+    }
+}
+
+__device__ __forceinline__ void produce(const Maps& maps, u32 stages, u32 full, u32 empty, const Problem& p, u32 rank) {
+    Ring ring;
+    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
+        const Place at = place(p, tile, rank);
+        for (int k = 0; k < p.steps; k++, ring.next()) {
+            const u32 barrier = full + 8 * ring.stage, stage = stages + ring.stage * STAGE_BYTES;
+            barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(barrier, STAGE_BYTES);
+            bring_tokens(stage, maps.tokens, barrier, k * STEP, at.token, rank, STEP);
+            bring(stage + TOKEN_BYTES, maps.weight, barrier, k * (BLOCK_BYTES / 8), at.row / 16);
+        }
+#if OUTLIERS
+        for (int o = 0; o < p.outlier_steps; o++, ring.next()) {
+            const u32 barrier = full + 8 * ring.stage, stage = stages + ring.stage * STAGE_BYTES;
+            barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(barrier, OUTLIER_BYTES);
+            bring_tokens(stage, maps.outliers, barrier, o * OUTLIER_STEP, at.token, rank, OUTLIER_ROW);
+            bring(stage + TOKENS * OUTLIER_ROW, maps.weight_outliers, barrier, o * OUTLIER_STEP, at.row);
+        }
+#endif
+    }
+}
+
+// ---- the warpgroups that multiply ----
+
+__device__ __forceinline__ void give_back(u32 empty, u32 stage) {
+    __syncwarp();
+    if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty + 8 * stage, threadIdx.x % 32);
+}
+
+#if HALVES
+// Steps in halves: one is made ready while the product of the other runs. Ends with a product under way.
+__device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
+                                             int steps) {
+    Left low, high;
+    barrier_wait(full + 8 * ring.stage, ring.parity);
+    Words words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+    set_left<0>(low, words);
+    for (int k = 0; k < steps; k++) {
+        const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
+        products_fence();
+        multiply<0>(sums, low, right);
+        products_commit();
+        products_wait<1>();
+        if (k > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+        set_left<1>(high, words);
+        products_fence();
+        multiply<1>(sums, high, right);
+        products_commit();
+        ring.next();
+        if (k + 1 < steps) {
+            barrier_wait(full + 8 * ring.stage, ring.parity);
+            words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+        }
+        products_wait<1>();
+        set_left<0>(low, words);
+    }
+}
+#else
+// One step: its product starts, the words of the next one come, the product before it ends.
+__device__ __forceinline__ void turn(int (&sums)[BLOCKS][SUMS], const Left (&now)[2], Left (&next)[2], Ring& ring,
+                                     u32 stages, u32 full, u32 empty, bool first, bool more) {
+    const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
+    products_fence();
+    multiply<0>(sums, now[0], right);
+    multiply<1>(sums, now[1], right);
+    products_commit();
+    ring.next();
+    Words words;
+    if (more) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+    }
+    products_wait<1>();
+    if (!first) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+    if (more) {
+        set_left<0>(next[0], words);
+        set_left<1>(next[1], words);
+    }
+}
+
+// Whole steps in turn. Ends with a product under way.
+__device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
+                                             int steps) {
+    Left even[2], odd[2];
+    barrier_wait(full + 8 * ring.stage, ring.parity);
+    const Words words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+    set_left<0>(even[0], words);
+    set_left<1>(even[1], words);
+    for (int k = 0;;) {
+        turn(sums, even, odd, ring, stages, full, empty, k == 0, k + 1 < steps);
+        if (++k == steps) break;
+        turn(sums, odd, even, ring, stages, full, empty, false, k + 1 < steps);
+        if (++k == steps) break;
+    }
+}
+#endif
+
+__device__ __forceinline__ void consume(const TensorMap& results, u16* out, const float* scale, const int* zero,
+                                        const float* weight_scale, const int* row_sums, const void* bias, u32 stages,
+                                        u32 slots, u32 full, u32 empty, const Problem& p, u32 rank) {
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    Ring ring;
+    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
+        const Place at = place(p, tile, rank);
+        int sums[BLOCKS][SUMS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) sums[b][i] = 0;
+        add_products(sums, ring, stages, full, empty, p.steps);
+        // Scales and zero points of all tokens, a lane those of one in 32; shuffles hand them on.
+        int zeros[TOKENS / 32];
+        float scales[TOKENS / 32];
+#pragma unroll
+        for (int c = 0; c < TOKENS / 32; c++) {
+            const int m = at.token + 32 * c + lane;
+            zeros[c] = m < p.M ? zero[m] : 0;
+            scales[c] = m < p.M ? scale[m] : 0.0f;
+        }
+        products_wait<0>();
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
+        give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
+
+        const int first = at.row + 64 * BLOCKS * group, row = first + 16 * warp + lane / 4;
+        int of_row[BLOCKS][2];
+        float scale_of_row[BLOCKS][2];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int n = row + 64 * b + 8 * h;
+                of_row[b][h] = n < p.N ? row_sums[n] : 0;
+                scale_of_row[b][h] = n < p.N ? weight_scale[n] : 0.0f;
+            }
+        float y[BLOCKS][SUMS];
+#pragma unroll
+        for (int j = 0; j < SUMS / 4; j++)
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                const int from = 8 * (j % 4) + lane % 4 * 2 + x;
+                const int zero_of_token = __shfl_sync(0xffffffffu, zeros[j / 4], from);
+                const float scale_of_token = __shfl_sync(0xffffffffu, scales[j / 4], from);
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const int i = 4 * j + 2 * h + x;
+                        y[b][i] = finished(sums[b][i], zero_of_token, of_row[b][h], scale_of_token, scale_of_row[b][h]);
+                    }
+            }
+#if OUTLIERS
+        for (int o = 0; o < p.outlier_steps; o++) {
+            const u32 stage = ring.stage, here = stages + stage * STAGE_BYTES;
+            barrier_wait(full + 8 * stage, ring.parity);
+            const u64 right = operand<OUTLIER_ROW>(here);
+            const u64 left = operand<OUTLIER_ROW>(here + (TOKENS + 64 * BLOCKS * group) * OUTLIER_ROW);
+            products_fence();
+#pragma unroll
+            for (int k = 0; k < OUTLIER_STEP / 16; k++)
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++)
+                    outlier_product(y[b], left + (b * 64 * OUTLIER_ROW + 32 * k) / 16, right + 32 * k / 16);
+            products_commit();
+            products_wait<1>();
+            if (o > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+            ring.next();
+        }
+        products_wait<0>();
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) products_done(y[b]);
+        give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
+#endif
+#if BIAS
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int n = row + 64 * b + 8 * h;
+                const float added = n < p.N ? bias_of(bias, n) : 0.0f;
+#pragma unroll
+                for (int i = 2 * h; i < SUMS; i += 4) {
+                    y[b][i] = __fadd_rn(y[b][i], added);
+                    y[b][i + 1] = __fadd_rn(y[b][i + 1], added);
+                }
+            }
+#endif
+        write(y, results, out, slots, p, at.token, first);
+    }
+#if TMA_OUT
+    if (threadIdx.x % 128 == 0) wait_taken();
+#endif
+}
+
+// out [M, N] = the sum over `steps` steps of base columns and `outlier_steps` of outliers. In clusters of CLUSTER blocks.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+    sparse_int8(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens,
+                const __grid_constant__ TensorMap weight_outliers, const __grid_constant__ TensorMap outliers,
+                const __grid_constant__ TensorMap results, u16* out, const float* scale, const int* zero,
+                const float* weight_scale, const int* row_sums, const void* bias, int M, int N, int steps,
+                int outlier_steps) {
+    extern __shared__ unsigned char memory[];
+    const u32 stages = (shared_address(memory) + 1023) & ~1023u, slots = stages + STAGES * STAGE_BYTES;
+    const u32 full = slots + (TMA_OUT ? RESULT_BYTES : 0), empty = full + 8 * STAGES;
+    const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const Problem problem = {M, N, steps, outlier_steps};
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 4 * WARPGROUPS * CLUSTER);  // every warp that multiplies gives a stage back
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_async();
+    }
+    // No block may be written to before its barriers are there, nor after it is gone.
+    if (CLUSTER > 1) cluster_sync();
+    __syncthreads();
+    if (threadIdx.x >= 128 * WARPGROUPS) {
+        set_registers_down<24>();
+        if (threadIdx.x == 128 * WARPGROUPS) {
+            produce({weight, tokens, weight_outliers, outliers}, stages, full, empty, problem, rank);
+        }
+        __syncwarp();
+    } else {
+        set_registers_up<240>();
+        consume(results, out, scale, zero, weight_scale, row_sums, bias, stages, slots, full, empty, problem, rank);
+    }
+    if (CLUSTER > 1) cluster_sync();
+}

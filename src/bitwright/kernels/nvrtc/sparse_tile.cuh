@@ -1,0 +1,96 @@
+// Tiles and stages of `sparse_int8.cu`, and its left operand.
+#pragma once
+#include "hopper.cuh"
+#include "instructions.cuh"
+
+constexpr int WARPGROUPS = 2, STEP = 128, OUTLIER_STEP = 32, PIECE = 32;
+constexpr int BLOCKS = ROWS / 128;  // of 64 rows, that a warpgroup multiplies
+constexpr int BLOCK_BYTES = 256 * BITS / 2 + 256;  // 16 rows x 128 columns: kept codes, then where they stood
+constexpr int WEIGHT_BYTES = ROWS / 16 * BLOCK_BYTES, TOKEN_BYTES = TOKENS * STEP;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
+constexpr int OUTLIER_ROW = 2 * OUTLIER_STEP, OUTLIER_BYTES = (ROWS + TOKENS) * OUTLIER_ROW;
+constexpr int SLOT_BYTES = PIECE * 128;  // of results: 32 tokens x 64 outputs
+constexpr int RESULT_BYTES = WARPGROUPS * 2 * SLOT_BYTES;
+constexpr int SUMS = TOKENS / 2;  // registers of a thread for 64 rows
+static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && BLOCKS * TOKENS % (2 * PIECE) == 0, "");
+
+struct Problem {
+    int M, N, steps, outlier_steps;
+};
+
+struct Ring {  // the stages in turn
+    u32 stage = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+struct Place {
+    int token, row;  // the first of a tile
+};
+
+__device__ __forceinline__ int tiles_of(const Problem& p) {  // of clusters
+    return (p.M + TOKENS - 1) / TOKENS * ((p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER));
+}
+
+// Bands of BAND token tiles, so that what is read twice is still in L2.
+__device__ __forceinline__ Place place(const Problem& p, int tile, u32 rank) {
+    const int nm = (p.M + TOKENS - 1) / TOKENS, nn = (p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER);
+    const int band = tile / (BAND * nn), rows = min(nm - band * BAND, BAND), inside = tile - band * BAND * nn;
+    return {(band * BAND + inside % rows) * TOKENS, (inside / rows * CLUSTER + (int)rank) * ROWS};
+}
+
+// ---- the left operand of a step: BLOCKS of 64 rows, two halves of 64 columns ----
+
+struct Words {  // as in shared memory
+    Words4 codes[BLOCKS][BITS / 4];
+    Words2 where[BLOCKS];
+};
+
+struct Left {  // of one half
+    u32 codes[BLOCKS][4], where[BLOCKS];  // [rows][register]
+};
+
+__device__ __forceinline__ Words read_words(u32 weight) {
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Words r;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        const u32 block = weight + (warp / 4 * (4 * BLOCKS) + b * 4 + warp % 4) * BLOCK_BYTES;
+#pragma unroll
+        for (int i = 0; i < BITS / 4; i++) r.codes[b][i] = read16(block + 512 * i + 16 * lane);
+        r.where[b] = read8(block + 128 * BITS + 8 * lane);
+    }
+    return r;
+}
+
+template <int half>
+__device__ __forceinline__ void set_left(Left& left, const Words& words) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#if BITS == 4
+            u32 word = words.codes[b][0].w[2 * half + i];
+            asm volatile("" : "+r"(word));  // not before the wait that precedes: it would take registers for longer
+            left.codes[b][2 * i] = word << 4 & 0xf0f0f0f0u;
+            left.codes[b][2 * i + 1] = word & 0xf0f0f0f0u;
+#else
+            left.codes[b][2 * i] = words.codes[b][half].w[2 * i];
+            left.codes[b][2 * i + 1] = words.codes[b][half].w[2 * i + 1];
+#endif
+        }
+        // Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
+        left.where[b] = max(words.where[b].w[half], 0x44444444u);
+        // Nor after the fence that follows.
+        asm volatile("" : "+r"(left.codes[b][0]), "+r"(left.codes[b][1]), "+r"(left.codes[b][2]),
+                     "+r"(left.codes[b][3]), "+r"(left.where[b]));
+    }
+}
+
+template <int half>
+__device__ __forceinline__ void multiply(int (&sums)[BLOCKS][SUMS], const Left& left, u32 tokens) {
+    const u64 right = operand<128>(tokens) + 4 * half;  // 64 bytes
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) sparse_product(sums[b], left.codes[b], right, left.where[b]);
+}
