@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bitwright.bench.elementwise import rope_cache_reference
 
-_PROGRAMS = 264  # two for each of the 132 SMs of an H100
-_FEWEST_KEYS = 32  # per program: fewer is all merging
+_PROGRAMS = 128  # about as many as an H100 has SMs: more only add merging
+_BLOCK = 128  # keys a step
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Split:
 
 
 def choose_split(batch: int, kv_heads: int, capacity: int) -> Split:
-    """As many stretches as fill the GPU, none shorter than 32 keys at a context of `capacity`."""
-    wanted = -(-_PROGRAMS // (batch * kv_heads))
-    splits = max(1, min(wanted, -(-capacity // _FEWEST_KEYS)))
-    return Split(splits, 64 if capacity >= 64 * splits else _FEWEST_KEYS)
+    """A program for each SM, if that leaves it 128 keys or more at a context of `capacity` (dev/LOG.md)."""
+    pairs = batch * kv_heads
+    splits = max(1, min(_PROGRAMS // pairs, capacity // _BLOCK))
+    # Several programs on one SM hide from each other what they wait for, and smaller ones fit in greater number.
+    return Split(splits, _BLOCK if pairs * splits <= 2 * _PROGRAMS and capacity >= _BLOCK else _BLOCK // 2)
 
 
 @dataclass(frozen=True)

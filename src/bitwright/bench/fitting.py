@@ -13,8 +13,9 @@ from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import LinearShape, ModelShape
 from bitwright.errors import BitwrightError
 from bitwright.kernels.fragments import COLUMNS, ROWS
-from bitwright.kernels.int8_fragments import padded
+from bitwright.kernels.int8_fragments import STEP, padded
 from bitwright.kernels.int8_ops import OUTLIER_STEP
+from bitwright.kernels.sparse_fragments import block_bytes as sparse_block_bytes
 from bitwright.scheme import UNQUANTIZED_BITS, Scheme
 
 RESERVED = 0.06  # share of a GPU's memory left to activations, workspaces and CUDA itself
@@ -167,10 +168,14 @@ def _linear_bytes(linear: LinearShape, scheme: Scheme | None, dtype: torch.dtype
 
 
 def _int8_bytes(N: int, K: int, scheme: Scheme, dtype: torch.dtype) -> int:
-    """As `kernels.split_cuda.SplitMma` holds it: zeros of 2:4 too, scale and row sum of every output, outliers, and
-    where each column of the input belongs."""
+    """As `kernels.split_cuda.SplitMma` holds it, 2:4 weights as `SparseMma`: codes, scale and row sum of every output,
+    outliers, and where each column of the input belongs."""
     outliers = 0 if scheme.outliers is None else scheme.outliers.columns(K)
-    codes = padded(K - outliers) * (-(-N // ROWS) * ROWS // 2 if scheme.weight.bits == 4 else N)
+    columns, blocks = padded(K - outliers), -(-N // ROWS)
+    if scheme.sparse:
+        codes = blocks * (columns // STEP) * sparse_block_bytes(scheme.weight.bits)
+    else:
+        codes = columns * (blocks * ROWS // 2 if scheme.weight.bits == 4 else N)
     wide = -(-outliers // OUTLIER_STEP) * OUTLIER_STEP * dtype.itemsize
     return codes + N * (8 + wide) + 8 * K
 

@@ -32,6 +32,7 @@ from bitwright.devices import choose_device
 from bitwright.errors import BitwrightError
 from bitwright.kernels import fragments
 from bitwright.kernels.problem import Problem
+from bitwright.kernels.sparse_mma import SparseMma
 from bitwright.kernels.split import SplitDequantized
 from bitwright.kernels.split_cuda import SplitMma
 from bitwright.scheme import UNQUANTIZED_BITS, Scheme
@@ -154,7 +155,8 @@ def _made(x: LinearShape, scheme: Scheme, dtype: torch.dtype, device: torch.devi
     problem = Problem(x.N, x.K, scheme, dtype, dtype, device.type, frozenset())
     if scheme.activation_bits == UNQUANTIZED_BITS:
         return x.count * SplitDequantized.prepare(qt, problem).nbytes
-    return x.count * SplitLinear.prepare(SplitMma, qt, problem).weight.nbytes
+    kind = SparseMma if scheme.sparse else SplitMma
+    return x.count * SplitLinear.prepare(kind, qt, problem).weight.nbytes
 
 
 def _workspace(model: ModelShape, batch: int, context: int) -> int:

@@ -36,8 +36,8 @@ IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
 )
 # For schemes that are not plain: what QuantizedTensor cannot say is a SplitTensor.
 SPLIT_IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
-    SplitSparse,
     SparseMma,
+    SplitSparse,
     SplitMma,
     SparseValues,
     SplitVNNI,
@@ -72,10 +72,10 @@ def _in_order(problem: Problem) -> tuple[type[Implementation], ...]:
     """The table for the problem, the preferred first."""
     if problem.scheme.plain:
         return IMPLEMENTATIONS
-    if problem.scheme.weight.bits == 4 and HOPPER in problem.features:
-        # cuSPARSELt skips the zeros of 2:4 no faster than the dense Hopper kernel multiplies them, from 5 bits a weight
-        # where that reads 4. The sparse Hopper kernel skips them, from 3 bits.
-        first = (SparseMma, SplitMma) if GLUON in problem.features else (SparseMma,)
+    if problem.scheme.weight.bits == 4 and {HOPPER, GLUON} <= problem.features:
+        # Without NVRTC: the dense Hopper kernel multiplies the zeros of 2:4 as fast as cuSPARSELt skips them, and reads
+        # 4 bits a weight, not 5.
+        first = (SparseMma, SplitMma)
         return *first, *(i for i in SPLIT_IMPLEMENTATIONS if i not in first)
     return SPLIT_IMPLEMENTATIONS
 

@@ -174,7 +174,7 @@ def choose(
 ) -> Config:
     """The configuration for a problem, from measurements on one H100 (dev/LOG.md)."""
     if M <= 128:
-        tiles = _STREAM if M <= 32 else _middle(M, N * K)
+        tiles = _few(M, N * K)
     else:
         tiles = min((_WIDE, _TALL, _NARROW), key=lambda t: _rounds(M, N, K, t, processors))
     return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
@@ -194,7 +194,7 @@ def choose_experts(
 ) -> Config:
     """The configuration of a grouped product of T rows over E experts, for an even load."""
     M = -(-T // E)
-    tiles = _STREAM if M <= 32 else _middle(M, E * N * K) if M <= 128 else _TALL
+    tiles = _few(M, E * N * K) if M <= 128 else _TALL
     config = _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, False)
     return replace(config, EXPERTS=max(32, 1 << (E - 1).bit_length()), STACK=E, SETTLED=settled)
 
@@ -202,6 +202,7 @@ def choose_experts(
 # NWG warpgroups, KWG of them on the same rows, REST * 64 rows each, PER programs a processor; BM None = the least that
 # holds the tokens. _STREAM leaves registers free on each processor, for a small kernel before or after it.
 _STREAM = {"NWG": 2, "KWG": 2, "REST": 1, "BM": None, "BK": 128, "NS": 8, "REGISTERS": 96, "MAXNREG": 72, "PER": 2}
+_SHORT = {**_STREAM, "NS": 6}  # where a program has hardly more steps
 _SOME = {**_STREAM, "NS": 10, "REGISTERS": 160, "MAXNREG": 128, "PER": 1}
 _MORE = {**_STREAM, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96, "PER": 1}
 _NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168, "PER": 1}
@@ -211,13 +212,17 @@ _FEW = 64  # tokens whose sums are no more numbers than the weights they come fr
 _FEW_GROUPS = 16  # the same where a step has several groups, each with sums of its own
 _PIECE_COLUMNS = 512  # columns multiplied in the time that it takes to write and read the sums of a piece
 _NARROW_COST = 0.59  # of a tile of half the size
-_SOME_WEIGHT = 80 << 20  # numbers in a weight
+_SMALL_WEIGHT = 32 << 20  # numbers in a weight
+_SOME_WEIGHT = 80 << 20
 _FULL = 0.96  # share of the time that programs must be busy with whole tiles
 PIECE = 32  # tokens that go to memory through shared memory at a time
 
 
-def _middle(M: int, weights: int) -> dict[str, Any]:
-    return _NARROW if M > 64 else _SOME if weights <= _SOME_WEIGHT else _MORE
+def _few(M: int, weights: int) -> dict[str, Any]:
+    """Tiles for up to 128 tokens of a weight (or all experts) of so many numbers."""
+    if M <= 32:
+        return _STREAM if weights > _SMALL_WEIGHT else _SHORT
+    return _NARROW if M > _FEW else _SOME if weights <= _SOME_WEIGHT else _MORE
 
 
 def _finish(

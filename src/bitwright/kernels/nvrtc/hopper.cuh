@@ -162,6 +162,12 @@ __device__ __forceinline__ Words4 read16(u32 address) {
     return r;
 }
 
+__device__ __forceinline__ u32 read4(u32 address) {
+    u32 r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+    return r;
+}
+
 __device__ __forceinline__ Words2 read8(u32 address) {
     Words2 r;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "r"(address) : "memory");

@@ -7,9 +7,9 @@
 // order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
 // operands take the same stages. A block walks over tiles: the next one's stages arrive while results leave.
 //
-// Macros: BITS of a code (4 or 8), ROWS (128 or 256) and TOKENS of a tile, STAGES, CLUSTER (1 or 2 blocks), BAND token
-// tiles, HALVES (1: two products a step, which take fewer registers), OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS
-// (0: none, 1: as the result, 2: float32), TMA_OUT (N is a multiple of 8).
+// Macros: BITS of a code (4 or 8), ROWS (128 or 256) and TOKENS of a tile, STAGES (at least 2), CLUSTER (1 or 2 blocks),
+// BAND token tiles, OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N is
+// a multiple of 8).
 #include "sparse_results.cuh"
 #include "sparse_tile.cuh"
 
@@ -59,14 +59,18 @@ __device__ __forceinline__ void give_back(u32 empty, u32 stage) {
     if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty + 8 * stage, threadIdx.x % 32);
 }
 
-#if HALVES
-// Steps in halves: one is made ready while the product of the other runs. Ends with a product under way.
+// Steps in halves: one is made ready while the product of the other runs. (Whole steps take twice the registers for left
+// operands, and were slower.) Ends with a product under way.
 __device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
                                              int steps) {
     Left low, high;
     barrier_wait(full + 8 * ring.stage, ring.parity);
+#if BITS == 4
     Words words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
     set_left<0>(low, words);
+#else
+    read_left<0>(low, stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
+#endif
     for (int k = 0; k < steps; k++) {
         const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
         products_fence();
@@ -74,58 +78,27 @@ __device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ri
         products_commit();
         products_wait<1>();
         if (k > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+#if BITS == 4
         set_left<1>(high, words);
+#else
+        read_left<1>(high, right + TOKEN_BYTES);
+#endif
         products_fence();
         multiply<1>(sums, high, right);
         products_commit();
         ring.next();
-        if (k + 1 < steps) {
-            barrier_wait(full + 8 * ring.stage, ring.parity);
-            words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
-        }
+        const bool more = k + 1 < steps;
+        if (more) barrier_wait(full + 8 * ring.stage, ring.parity);
+#if BITS == 4
+        if (more) words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
         products_wait<1>();
         set_left<0>(low, words);
-    }
-}
 #else
-// One step: its product starts, the words of the next one come, the product before it ends.
-__device__ __forceinline__ void turn(int (&sums)[BLOCKS][SUMS], const Left (&now)[2], Left (&next)[2], Ring& ring,
-                                     u32 stages, u32 full, u32 empty, bool first, bool more) {
-    const u32 stage = ring.stage, right = stages + stage * STAGE_BYTES;
-    products_fence();
-    multiply<0>(sums, now[0], right);
-    multiply<1>(sums, now[1], right);
-    products_commit();
-    ring.next();
-    Words words;
-    if (more) {
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
-    }
-    products_wait<1>();
-    if (!first) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
-    if (more) {
-        set_left<0>(next[0], words);
-        set_left<1>(next[1], words);
-    }
-}
-
-// Whole steps in turn. Ends with a product under way.
-__device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ring, u32 stages, u32 full, u32 empty,
-                                             int steps) {
-    Left even[2], odd[2];
-    barrier_wait(full + 8 * ring.stage, ring.parity);
-    const Words words = read_words(stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
-    set_left<0>(even[0], words);
-    set_left<1>(even[1], words);
-    for (int k = 0;;) {
-        turn(sums, even, odd, ring, stages, full, empty, k == 0, k + 1 < steps);
-        if (++k == steps) break;
-        turn(sums, odd, even, ring, stages, full, empty, false, k + 1 < steps);
-        if (++k == steps) break;
-    }
-}
+        products_wait<1>();
+        if (more) read_left<0>(low, stages + ring.stage * STAGE_BYTES + TOKEN_BYTES);
 #endif
+    }
+}
 
 __device__ __forceinline__ void consume(const TensorMap& results, u16* out, const float* scale, const int* zero,
                                         const float* weight_scale, const int* row_sums, const void* bias, u32 stages,

@@ -12,6 +12,7 @@ constexpr int OUTLIER_ROW = 2 * OUTLIER_STEP, OUTLIER_BYTES = (ROWS + TOKENS) * 
 constexpr int SLOT_BYTES = PIECE * 128;  // of results: 32 tokens x 64 outputs
 constexpr int RESULT_BYTES = WARPGROUPS * 2 * SLOT_BYTES;
 constexpr int SUMS = TOKENS / 2;  // registers of a thread for 64 rows
+static_assert(STAGES >= 2, "a step is given back when the next one is under way");
 static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && BLOCKS * TOKENS % (2 * PIECE) == 0, "");
 
 struct Problem {
@@ -42,24 +43,32 @@ __device__ __forceinline__ Place place(const Problem& p, int tile, u32 rank) {
 
 // ---- the left operand of a step: BLOCKS of 64 rows, two halves of 64 columns ----
 
-struct Words {  // as in shared memory
-    Words4 codes[BLOCKS][BITS / 4];
-    Words2 where[BLOCKS];
-};
-
 struct Left {  // of one half
     u32 codes[BLOCKS][4], where[BLOCKS];  // [rows][register]
 };
 
+// Where the words of this thread begin, of its b-th block of 16 rows.
+__device__ __forceinline__ u32 block_of(u32 weight, int b) {
+    const u32 warp = threadIdx.x / 32;
+    return weight + (warp / 4 * (4 * BLOCKS) + b * 4 + warp % 4) * BLOCK_BYTES;
+}
+
+// Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
+__device__ __forceinline__ u32 valid(u32 where) { return max(where, 0x44444444u); }
+
+#if BITS == 4
+struct Words {  // of both halves, as in shared memory
+    Words4 codes[BLOCKS];
+    Words2 where[BLOCKS];
+};
+
 __device__ __forceinline__ Words read_words(u32 weight) {
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 lane = threadIdx.x % 32;
     Words r;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-        const u32 block = weight + (warp / 4 * (4 * BLOCKS) + b * 4 + warp % 4) * BLOCK_BYTES;
-#pragma unroll
-        for (int i = 0; i < BITS / 4; i++) r.codes[b][i] = read16(block + 512 * i + 16 * lane);
-        r.where[b] = read8(block + 128 * BITS + 8 * lane);
+        r.codes[b] = read16(block_of(weight, b) + 16 * lane);
+        r.where[b] = read8(block_of(weight, b) + 512 + 8 * lane);
     }
     return r;
 }
@@ -70,23 +79,31 @@ __device__ __forceinline__ void set_left(Left& left, const Words& words) {
     for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-#if BITS == 4
-            u32 word = words.codes[b][0].w[2 * half + i];
+            u32 word = words.codes[b].w[2 * half + i];
             asm volatile("" : "+r"(word));  // not before the wait that precedes: it would take registers for longer
             left.codes[b][2 * i] = word << 4 & 0xf0f0f0f0u;
             left.codes[b][2 * i + 1] = word & 0xf0f0f0f0u;
-#else
-            left.codes[b][2 * i] = words.codes[b][half].w[2 * i];
-            left.codes[b][2 * i + 1] = words.codes[b][half].w[2 * i + 1];
-#endif
         }
-        // Rows past the end arrive as 0, which names one column twice; every valid word is at least this.
-        left.where[b] = max(words.where[b].w[half], 0x44444444u);
+        left.where[b] = valid(words.where[b].w[half]);
         // Nor after the fence that follows.
         asm volatile("" : "+r"(left.codes[b][0]), "+r"(left.codes[b][1]), "+r"(left.codes[b][2]),
                      "+r"(left.codes[b][3]), "+r"(left.where[b]));
     }
 }
+#else
+// Bytes are the operand as they come, into registers that the product before has left.
+template <int half>
+__device__ __forceinline__ void read_left(Left& left, u32 weight) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        const Words4 codes = read16(block_of(weight, b) + 512 * half + 16 * lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) left.codes[b][i] = codes.w[i];
+        left.where[b] = valid(read4(block_of(weight, b) + 1024 + 8 * lane + 4 * half));
+    }
+}
+#endif
 
 template <int half>
 __device__ __forceinline__ void multiply(int (&sums)[BLOCKS][SUMS], const Left& left, u32 tokens) {
