@@ -175,7 +175,7 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     tested = {c[-1] for c in commands if c[1] == "pytest"}
     assert tested == {f"tests/gpu/{path.name}" for path in (SCRIPT.parent.parent / "tests" / "gpu").glob("test_*.py")}
     written = [c[c.index("--records") + 1] for c in commands if "--records" in c]
-    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 11
+    assert written.count(str(tmp_path / "out" / "gpu.jsonl")) == 12
 
 
 def test_gpu_check_leaves_one_log(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_gpu_check_runs_the_tests_that_are_asked_for(tmp_path: Path) -> None:
 def test_gpu_check_takes_at_most_ten_minutes(tmp_path: Path) -> None:
     done, _ = gpu_check(tmp_path, SANITIZER=str(tmp_path / "python"))
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 14 and sum(limits) <= 590
+    assert len(limits) == 15 and sum(limits) <= 590
 
 
 def test_gpu_check_runs_tiny_problems_under_a_checker(tmp_path: Path) -> None:
