@@ -15,7 +15,7 @@ from bitwright.kernels.fragments import WORDS, Fragments, dequantize, dequantize
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WEIGHT_BITS, WeightScheme
 
-SHAPES = ((1, 1), (16, 64), (15, 63), (17, 65), (40, 200), (33, 128))
+SHAPES = ((1, 1), (16, 64), (15, 63), (40, 200), (64, 128), (72, 65), (200, 192))
 GROUPS = (None, 32, 64, 96)
 
 
@@ -38,17 +38,17 @@ def weight(qt: QuantizedTensor) -> Tensor:
     return codes * qt.scale.double()[:, group]
 
 
-def placed(codes: Tensor, bits: int) -> list[list[list[list[int]]]]:
-    """words[plane][row block][column block][index], one code after another into Python integers."""
+def placed(codes: Tensor, bits: int) -> list[list[list[list[list[int]]]]]:
+    """words[plane][band][column block][row block][index], one code after another into Python integers."""
     N, K = codes.shape
     values = codes.tolist()
-    N16, K64 = (N + 15) // 16, (K + 63) // 64
-    planes = [[[[0] * width for _ in range(K64)] for _ in range(N16)] for width in WORDS[bits]]
+    N64, K64 = (N + 63) // 64, (K + 63) // 64
+    planes = [[[[[0] * width for _ in range(4)] for _ in range(K64)] for _ in range(N64)] for width in WORDS[bits]]
 
     def put(plane: int, R: int, C: int, index: int, bit: int, value: int) -> None:
-        planes[plane][R][C][index] |= value << bit
+        planes[plane][R // 4][C][R % 4][index] |= value << bit
 
-    for R, C, g, t in product(range(N16), range(K64), range(8), range(4)):
+    for R, C, g, t in product(range(4 * N64), range(K64), range(8), range(4)):
         lane = 4 * g + t
         for w1, j2, j1, j0, e in product(range(2), repeat=5):
             row, column = 16 * R + 8 * j0 + g, 64 * C + 32 * w1 + 16 * j2 + 8 * j1 + 2 * t + e
@@ -91,8 +91,8 @@ def test_round_trip(bits: int, shape: tuple[int, int], group_size: int | None, s
     N, K = shape
     qt = random_weight(N, K, bits, group_size, symmetric)
     packed = pack(qt, torch.bfloat16)
-    N16, K64 = -(-N // 16), -(-K // 64)
-    assert [tuple(w.shape) for w in packed.words] == [(N16, K64, width) for width in WORDS[bits]]
+    N64, K64 = -(-N // 64), -(-K // 64)
+    assert [tuple(w.shape) for w in packed.words] == [(N64, K64, 4, width) for width in WORDS[bits]]
     assert all(w.dtype == torch.int32 and w.is_contiguous() for w in packed.words)
     assert torch.equal(unpack(packed), qt.codes)
     index = torch.tensor([N - 1, 0, N // 2, 0])
@@ -102,7 +102,7 @@ def test_round_trip(bits: int, shape: tuple[int, int], group_size: int | None, s
     assert dequantize_rows(packed, index[:0], torch.float32).shape == (0, K)
     groups = 1 if group_size is None or group_size >= K else -(-K // group_size)
     assert packed.group_size == (K if groups == 1 else group_size)
-    assert tuple(packed.scale.shape) == (groups, 16 * N16)
+    assert tuple(packed.scale.shape) == (groups, 64 * N64)
     assert torch.equal(packed.scale[:, :N], qt.scale.t()) and not packed.scale[:, N:].any()
     assert (packed.zero is None) == symmetric
     if packed.zero is not None:
@@ -114,8 +114,32 @@ def test_round_trip(bits: int, shape: tuple[int, int], group_size: int | None, s
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_padding_is_the_value_zero(bits: int) -> None:
     packed = pack(random_weight(17, 65, bits, None, True), torch.bfloat16)
-    whole = unpack(replace(packed, N=32, K=128))
+    whole = unpack(replace(packed, N=64, K=128))
     assert not whole[17:].any() and not whole[:, 65:].any() and bool(whole[:17, :65].any())
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("N", [16, 40, 64, 72, 200])
+@pytest.mark.parametrize("experts", [None, 2])
+def test_a_step_is_one_run_in_memory(bits: int, N: int, experts: int | None) -> None:
+    """Codes of 64 rows x 128 columns change the words of one run, and no other word; runs follow each other."""
+    zero = QuantizedTensor(torch.zeros(N, 384, dtype=torch.int8), torch.ones(N, 1), None, WeightScheme(bits, None))
+    plain = pack(zero, torch.float32)
+    for band, step in product(range(-(-N // 64)), range(3)):
+        codes = torch.zeros(N, 384, dtype=torch.int8)
+        codes[64 * band : 64 * band + 64, 128 * step : 128 * step + 128] = -1
+        changed = pack(replace(zero, codes=codes), torch.float32)
+        pair = plain, changed
+        if experts is not None:
+            pair = stack([plain] * experts), stack([plain, changed])
+        for before, after, width in zip(*(f.words for f in pair), WORDS[bits], strict=True):
+            at = (before != after).view(-1).nonzero().view(-1)
+            run = 2 * 4 * width
+            first = ((experts or 1) - 1) * plain.words[0].shape[0] * 3 * run + (3 * band + step) * run
+            rows = min(4, -(-(N - 64 * band) // 16))  # the blocks that have rows
+            inside = torch.arange(first, first + run).view(2, 4, width)[:, :rows].reshape(-1)
+            assert set(at.tolist()) <= set(inside.tolist()) and len(at) > 0
+            assert N % 16 or torch.equal(at, inside)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +215,7 @@ def test_a_stack_holds_one_kind() -> None:
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
-@pytest.mark.parametrize(("N", "K"), [(32, 128), (20, 100)])
+@pytest.mark.parametrize(("N", "K"), [(128, 128), (48, 128), (20, 100)])
 @pytest.mark.parametrize("experts", [None, 3])
 def test_random(bits: int, N: int, K: int, experts: int | None) -> None:
     """The shapes of a packed weight, the whole range of codes, padding 0."""
@@ -203,7 +227,7 @@ def test_random(bits: int, N: int, K: int, experts: int | None) -> None:
     codes = unpack(made)
     low, high = codes.min().item(), codes.max().item()
     assert (low, high) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits < 8 else (low < -110 and high > 110)
-    padding = unpack(replace(made, N=-(-N // 16) * 16, K=-(-K // 64) * 64))
+    padding = unpack(replace(made, N=-(-N // 64) * 64, K=-(-K // 64) * 64))
     assert not padding[..., N:, :].any() and not padding[..., K:].any()
     assert made.scale.isfinite().all() and bool((made.scale < 0).any()) and bool((made.scale > 0).any())
     whole_row = random(N, K, bits, None, True, torch.bfloat16, "cpu")

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:
         for N in (16, 4096, 22016, 57344):
             c = choose(M, N, 4096, bits, group_size, torch.float16, True, True, PROCESSORS)
             assert c.NS >= 3 and c.stages_that_fit >= c.NS and c.NS % c.KWG == 0
-            assert max(c.BM, c.BN, c.GROUPS, c.BK // 64 * max(fragments.WORDS[bits])) <= BOX
+            assert max(c.BM, c.BN, c.GROUPS) <= BOX
             assert group_size % c.BK == 0 or c.BK % group_size == 0 or group_size == 4096
             assert (1 if group_size == 4096 else max(1, c.BK // group_size)) == c.GROUPS
             threads = (4 * c.NWG + 4) * 32
@@ -295,22 +296,67 @@ def test_ptx_gives_the_weights_bit_for_bit(bits: int, kind: str, asymmetric: boo
                 assert half == found or (half | found) == 0x8000, (lane, call, i)
 
 
+def _gathered(stage: torch.Tensor, layout: Any) -> torch.Tensor:
+    """[warps, lanes, registers] of a tensor in a linear layout."""
+    index = torch.zeros(1, dtype=torch.int64)
+    strides = torch.tensor(stage.stride())
+    for bases in (layout.reg_bases, layout.lane_bases, layout.warp_bases):
+        for base in bases:
+            index = torch.cat((index, index + int((torch.tensor(base) * strides).sum())))
+    return stage.reshape(-1)[index].view(1 << len(layout.warp_bases), 1 << len(layout.lane_bases), -1)
+
+
+@known
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("N, K", [(16, 40), (200, 448), (320, 128)])
+@pytest.mark.parametrize("M", [1, 64, 2048])
+def test_lanes_get_their_words(bits: int, N: int, K: int, M: int) -> None:
+    """A box of TMA, as the descriptor and the step say, and what of it each lane reads: rows 16w .. 16w + 15 of every
+    band for warp w; zeros past the end."""
+    from bitwright.kernels.gluon.fragment import stage, word_layout
+    from bitwright.kernels.gluon.gemm import _stages
+
+    c = choose(M, 57344, 8192, bits, 128, torch.bfloat16, False, False, PROCESSORS)
+    f = fragments.random(N, K, bits, K, True, torch.bfloat16, "cpu", generator=torch.Generator().manual_seed(bits))
+    bands, columns = c.BN // 64, c.BK // 64
+    for plane, (words, width) in enumerate(zip(f.words, fragments.WORDS[bits], strict=True)):
+        padded = torch.zeros(f.words[0].shape[0] + bands, words.shape[1] + columns, 4, width, dtype=torch.int32)
+        padded[: words.shape[0], : words.shape[1]] = words
+        table = _stages(f, plane, c)
+        assert table.strides[0] == table.shape[1] * table.shape[2] and table.strides[1:] == [table.shape[2], 1]
+        assert table.shape[0] * table.strides[0] == words.numel() and max(table.block_shape) <= BOX
+        view = words.view(table.shape)
+        assert table.block_shape == stage(bits, plane, bands, columns)
+        for n, k in ((n, k) for n in range(-(-N // c.BN)) for k in range(-(-K // c.BK))):
+            inside = view[n * bands : (n + 1) * bands, k * table.block_shape[1] : (k + 1) * table.block_shape[1]]
+            box = torch.zeros(table.block_shape, dtype=torch.int32)
+            box[: inside.shape[0], : inside.shape[1]] = inside
+            for part in range(c.NWG // c.KWG):
+                mine = box[part * c.REST : (part + 1) * c.REST]
+                found = _gathered(mine, word_layout(bits, plane, c.REST, columns))
+                first = n * bands + part * c.REST
+                rows = padded[first : first + c.REST, k * columns : (k + 1) * columns]
+                # [bands, column blocks, warps, (halves of 8 bits), lanes, words of a lane]
+                rows = rows.unflatten(3, (2, 32, 4) if bits == 8 else (1, 32, -1))
+                assert torch.equal(found, rows.permute(2, 4, 0, 1, 3, 5).flatten(2))
+
+
 def compiled(c: Config, folder: Path) -> Assembled:
     """A configuration for sm_90."""
     from triton.experimental.gluon import language as gl
 
+    from bitwright.kernels.gluon.fragment import stage
     from bitwright.kernels.gluon.kernel import fragment_gemm
 
-    words, blocks = fragments.WORDS[c.BITS], c.BK // 64
     packed, row, tokens = (
-        gl.NVMMASharedLayout(0, 32, 2),
+        gl.NVMMASharedLayout(0, 32, 3),
         gl.NVMMASharedLayout(0, 16, 2),
         gl.NVMMASharedLayout(128, 16, 2),
     )
     written = [min(c.BM, 32), 64 * c.REST] if c.TMA_OUT else [c.BM, c.BK]
     signature = {
-        "words0_desc": tensor("i32", [c.BN // 16, blocks * words[0]], packed),
-        "words1_desc": tensor("i32", [c.BN // 16, blocks * words[-1]], packed),
+        "words0_desc": tensor("i32", stage(c.BITS, 0, c.BN // 64, c.BK // 64), packed),
+        "words1_desc": tensor("i32", stage(c.BITS, 1 if c.BITS == 3 else 0, c.BN // 64, c.BK // 64), packed),
         "x_desc": tensor(c.KIND, [c.BM, c.BK], tokens),
         "scale_desc": tensor(c.KIND, [c.GROUPS, c.BN], row),
         "zero_desc": tensor(c.KIND, [c.GROUPS, c.BN], row),
@@ -320,7 +366,7 @@ def compiled(c: Config, folder: Path) -> Assembled:
         "partial": "*fp32",
         "counters": "*i32",
         "offsets": "*i32",
-        **{name: "i32" for name in ("M", "N", "K", "blocks", "groups", "tiles_whole", "per")},
+        **{name: "i32" for name in ("M", "N", "K", "bands", "groups", "tiles_whole", "per")},
     }
     aligned = ("out", "bias", "partial", "counters", "N", "K")
     return assemble(fragment_gemm, signature, c, aligned, {"launch_pdl": True, "maxnreg": c.MAXNREG}, folder)

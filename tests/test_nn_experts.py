@@ -86,9 +86,9 @@ def test_stacked_is_the_loop_and_the_fused_module(tiny_model, family: str, schem
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-@pytest.mark.parametrize("inner", [40, 56])
+@pytest.mark.parametrize("inner", [40, 64, 72])
 def test_widths_that_fill_no_block(tiny_model, family: str, inner: int) -> None:
-    """Up begins at a whole block of 16 rows beside gate."""
+    """Up begins at a whole band of 64 rows beside gate."""
     name = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
     experts, fused = experts_of(tiny_model(family, **{name: inner}))
     experts.stack()
@@ -203,7 +203,7 @@ def test_stacks_hold_the_weights_of_their_experts(tiny_model) -> None:
     experts.stack()
     gate_up = experts.gate_up.dequantize()
     assert torch.equal(gate_up[:, :40], fused.gate_up_proj[:, :40])
-    assert torch.equal(gate_up[:, 48:], fused.gate_up_proj[:, 40:])
+    assert torch.equal(gate_up[:, 64:], fused.gate_up_proj[:, 40:])
     assert torch.equal(experts.down.dequantize(), fused.down_proj)
 
 

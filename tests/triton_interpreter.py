@@ -29,9 +29,9 @@ def linears() -> dict[str, Callable[[], None]]:
     checks = {}
     for bits in cases.BITS:
         for case, tiles in (
-            (Case(bits, 128, True, BF16, M=3, N=40, K=200, bias=True), SPLIT),
+            (Case(bits, 128, True, BF16, M=3, N=136, K=200, bias=True), SPLIT),
             (Case(bits, 32, False, BF16, M=3, N=40, K=100), SMALL),
-            (Case(bits, 96, False, FP16, M=2, N=17, K=200), DEEP),
+            (Case(bits, 96, False, FP16, M=2, N=72, K=200), DEEP),
             (Case(bits, 64, False, BF16, M=2, N=32, K=128, float_scales=True), DEEP),
             (Case(bits, None, True, FP16, M=18, N=16, K=75), SMALL),
             (Case(bits, 256, True, BF16, M=1, N=9, K=320), SPLIT),
@@ -57,8 +57,9 @@ def no_tokens() -> None:
 def stacks() -> dict[str, Callable[[], None]]:
     """Empty experts first, last and in the middle, tiles that are full and tiles that are not."""
     checks = {}
-    for bits, tiles in zip(cases.BITS, (SMALL, SPLIT, SMALL, SPLIT), strict=True):
-        case = Case(bits, 64, bits != 8, N=20, K=136)
+    kinds = ((4, 72, SMALL), (3, 20, SPLIT), (2, 20, SMALL), (8, 136, SPLIT), (3, 72, DEEP))
+    for bits, N, tiles in kinds:
+        case = Case(bits, 64, bits != 8, N=N, K=136)
         run = partial(experts.linear, tiles=tiles)
         checks[f"experts {case}"] = partial(cases.check_experts, run, case, (0, 3, 0, 17, 1, 0), 2, "cpu")
     case = Case(4, 32, False, FP16, N=40, K=64)
@@ -76,7 +77,7 @@ def denses() -> dict[str, Callable[[], None]]:
         both = torch.stack([dequantize(w, case.dtype) for w in weights])
         cases.assert_equal(dense.dequantize(stack(weights), case.dtype), both, f"stack of {case}")
 
-    kinds = [Case(bits, 96, False, BF16, N=70 if bits == 4 else 40, K=100) for bits in cases.BITS]
+    kinds = [Case(bits, 96, False, BF16, N=200 if bits == 4 else 72, K=100) for bits in cases.BITS]
     kinds += [Case(3, None, True, FP16, K=75), Case(8, 32, False, BF16, K=64, float_scales=True)]
     return {f"dequantize {case}": partial(check, case) for case in kinds}
 

@@ -47,6 +47,8 @@ STACKS = [
 ] + [
     (Case(4, 64, N=200, K=320), (0,) * 60 + (3,) + (0,) * 66 + (17,)),  # more experts than a warp has lanes
     (Case(4, 64, N=200, K=328), (5, 0, 40)),  # a ragged last group: the next row of scales is another expert's
+    (Case(4, 64, N=136, K=328), (5, 0, 140)),  # the last tile takes bands of another expert
+    (Case(3, 64, N=136, K=328), (700, 0, 800)),
     (Case(4, 64, N=200, K=332), (5, 0, 140)),  # rows of x that TMA cannot take as they are
 ]
 ACCURACY = [Case(bits, 128, bits != 4, dtype, N=1024, K=4096) for bits in cases.BITS for dtype in cases.DTYPES]

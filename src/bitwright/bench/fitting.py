@@ -12,7 +12,7 @@ import torch
 from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import LinearShape, ModelShape
 from bitwright.errors import BitwrightError
-from bitwright.kernels.fragments import COLUMNS, ROWS
+from bitwright.kernels.fragments import BAND, COLUMNS, ROWS
 from bitwright.kernels.int8_fragments import STEP, padded
 from bitwright.kernels.int8_ops import OUTLIER_STEP
 from bitwright.kernels.sparse_fragments import block_bytes as sparse_block_bytes
@@ -162,7 +162,7 @@ def _linear_bytes(linear: LinearShape, scheme: Scheme | None, dtype: torch.dtype
         return _int8_bytes(N, K, scheme, dtype)
     if not scheme.plain:
         return _unpacked_bytes(N, K, scheme, dtype)
-    w, rows = scheme.weight, -(-N // ROWS) * ROWS
+    w, rows = scheme.weight, -(-N // BAND) * BAND
     per_group = dtype.itemsize * (1 if w.symmetric else 2)
     return rows * (-(-K // COLUMNS) * COLUMNS * w.bits // 8 + w.num_groups(K) * per_group)
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from bitwright.kernels.fragments import COLUMNS, ROWS, Fragments, dequantize_rows, pack
+from bitwright.kernels.fragments import BAND, COLUMNS, Fragments, dequantize_rows, pack
 from bitwright.kernels.ops import DEQUANTIZE, fragment_dequantize, fragment_linear
 from bitwright.kernels.problem import GLUON, GLUON_VERSIONS, HOPPER, TRITON, Implementation, Problem
 from bitwright.qtensor import QuantizedTensor
@@ -145,7 +145,7 @@ def _group_size(problem: Problem) -> int:
 def _bits_in_memory(problem: Problem) -> float:
     """Words, scales and zero points with their padding, as `pack` makes them, per weight."""
     w, N, K = problem.scheme.weight, problem.N, problem.K
-    rows, columns = -(-N // ROWS) * ROWS, -(-K // COLUMNS) * COLUMNS
+    rows, columns = -(-N // BAND) * BAND, -(-K // COLUMNS) * COLUMNS
     per_group = 8 * (problem.dtype.itemsize if problem.scale_dtype == problem.dtype else 4)
     groups = w.num_groups(K) * (1 if w.symmetric else 2)
     return (rows * columns * w.bits + rows * groups * per_group) / (N * K)

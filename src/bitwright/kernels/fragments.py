@@ -5,7 +5,9 @@ pattern go from memory to the instruction through registers alone: a lane loads 
 already holds the right ones. The order depends on the bit width only, not on tiles or warps, so one packed weight
 serves every kernel and every tile shape.
 
-W [N, K] is padded to row blocks of 16 and column blocks of 64. Inside a block ::
+W [N, K] is padded to bands of 64 rows and column blocks of 64; what they share is four blocks of 16 x 64, rows first.
+Bands lie one after the other, in a band its column blocks, in those the four blocks: what the smallest tile of a kernel
+takes in one step, 64 rows of some columns, is one run in memory, and comes faster than four. Inside a block ::
 
     row = 8*j0 + g    column = 32*w1 + 16*j2 + 8*j1 + 2*t + e    lane = 4*g + t    g in 0..7, t in 0..3, the rest bits
 
@@ -41,15 +43,16 @@ from bitwright.errors import SchemeError
 from bitwright.qtensor import QuantizedTensor
 
 ROWS, COLUMNS = 16, 64  # of a block
+BAND = 64  # rows that lie side by side
 WORDS = {2: (64,), 3: (64, 32), 4: (128,), 8: (256,)}  # int32 words per block, one entry per tensor of words
 
 _CHUNK = 1 << 24  # codes packed or unpacked at a time
-_PLAIN = ("r", "j0", "g", "c", "w1", "j2", "j1", "t", "e")  # a matrix by rows; r, c: row block, column block
+_PLAIN = ("b", "r", "j0", "g", "c", "w1", "j2", "j1", "t", "e")  # a matrix by rows; b, r, c: band, block in it, column
 _PACKED = {  # a code's place in memory, slowest axis first
-    2: ("r", "c", "g", "t", "w1", "e", "j2", "j1", "j0"),
-    3: ("r", "c", "g", "t", "e", "w1", "j2", "j1", "j0"),
-    4: ("r", "c", "g", "t", "w1", "j2", "e", "j1", "j0"),
-    8: ("r", "c", "w1", "g", "t", "j2", "j1", "e", "j0"),
+    2: ("b", "c", "r", "g", "t", "w1", "e", "j2", "j1", "j0"),
+    3: ("b", "c", "r", "g", "t", "e", "w1", "j2", "j1", "j0"),
+    4: ("b", "c", "r", "g", "t", "w1", "j2", "e", "j1", "j0"),
+    8: ("b", "c", "r", "w1", "g", "t", "j2", "j1", "e", "j0"),
 }
 _PER_HALF = 5  # 3-bit codes of a 16-bit half, beside one bit of the sixteenth
 
@@ -58,8 +61,8 @@ _PER_HALF = 5  # 3-bit codes of a 16-bit half, beside one bit of the sixteenth
 class Fragments:
     """A weight [N, K], or a stack of E of them, in fragment order.
 
-    words: int32 [N16, K64, W] (two tensors for 3 bits), N16 = ceil(N / 16), K64 = ceil(K / 64), W from `WORDS`.
-    scale: [G, 16 * N16], G = ceil(K / group_size). zero: the zero points as numbers, shape and dtype of scale, or
+    words: int32 [N64, K64, 4, W] (two tensors for 3 bits), N64 = ceil(N / 64), K64 = ceil(K / 64), W from `WORDS`.
+    scale: [G, 64 * N64], G = ceil(K / group_size). zero: the zero points as numbers, shape and dtype of scale, or
     None. A stack has a leading E in all of them. group_size: an int, K for one scale per row.
 
     Value: (u - 2^(bits-1) - zero) * scale, the numbers of `QuantizedTensor.dequantize`.
@@ -97,7 +100,7 @@ def pack(qt: QuantizedTensor, dtype: torch.dtype) -> Fragments:
     as they are stored: a caller with `qt.order` permutes the activations.
     """
     N, K = qt.shape
-    more = -N % ROWS
+    more = -N % BAND
     scale = qt.scale if qt.scale.dtype == dtype else qt.scale.to(torch.float32)
     zero = None if qt.zero_point is None else _per_group(qt.zero_point.to(scale.dtype), more)
     group_size = K if qt.scale.shape[1] == 1 else qt.scheme.group_size
@@ -108,17 +111,17 @@ def pack(qt: QuantizedTensor, dtype: torch.dtype) -> Fragments:
 def unpack(fragments: Fragments) -> Tensor:
     """Signed codes int8 [N, K] ([E, N, K] of a stack), the inverse of `pack`."""
     first = fragments.words[0]
-    blocks, columns = first.shape[-3:-1]
-    words = [w.reshape(-1, columns, w.shape[-1]) for w in fragments.words]
-    step = max(1, _CHUNK // (columns * COLUMNS * ROWS))
-    codes = torch.empty(words[0].shape[0] * ROWS, fragments.K, dtype=torch.int8, device=first.device)
-    for r in range(0, words[0].shape[0], step):
-        lanes = [_lanes(w[r : r + step], fragments.bits) for w in words]
-        piece = _matrix(_unpack_lanes(lanes, fragments.bits), fragments.bits).flatten(0, 2)
-        codes[r * ROWS : (r + step) * ROWS] = piece[:, : fragments.K]
+    bands, columns = first.shape[-4:-2]
+    words = [w.reshape(-1, *w.shape[-3:]) for w in fragments.words]
+    step = max(1, _CHUNK // (columns * COLUMNS * BAND))
+    codes = torch.empty(words[0].shape[0] * BAND, fragments.K, dtype=torch.int8, device=first.device)
+    for b in range(0, words[0].shape[0], step):
+        lanes = [_lanes(w[b : b + step], fragments.bits) for w in words]
+        piece = _matrix(_unpack_lanes(lanes, fragments.bits), fragments.bits).flatten(0, 3)
+        codes[b * BAND : (b + step) * BAND] = piece[:, : fragments.K]
     if fragments.experts is None:
         return codes[: fragments.N]
-    return codes.view(-1, blocks * ROWS, fragments.K)[:, : fragments.N].contiguous()
+    return codes.view(-1, bands * BAND, fragments.K)[:, : fragments.N].contiguous()
 
 
 def dequantize(fragments: Fragments, dtype: torch.dtype) -> Tensor:
@@ -166,22 +169,22 @@ def random(
 ) -> Fragments:
     """Random codes over the whole range and small scales of `dtype` and both signs, for measurements.
 
-    Whole blocks are made as words, with nothing unpacked on the way; shapes with a tail go through codes, so that
-    padding is 0 as everywhere.
+    Whole bands and columns are made as words, with nothing unpacked on the way; shapes with a tail go through codes, so
+    that padding is 0 as everywhere.
     """
     group_size = K if group_size is None else min(group_size, K)
     lead = () if experts is None else (experts,)
-    blocks, columns = -(-N // ROWS), -(-K // COLUMNS)
+    bands, columns = -(-N // BAND), -(-K // COLUMNS)
     made: dict[str, Any] = {"device": device, "generator": generator}
-    if N % ROWS or K % COLUMNS:
+    if N % BAND or K % COLUMNS:
         low, high = -(1 << (bits - 1)), 1 << (bits - 1)
         codes = [torch.randint(low, high, (N, K), dtype=torch.int8, **made) for _ in range(experts or 1)]
         packed = zip(*(_pack(c, bits) for c in codes), strict=True)
         words = tuple(p[0] if experts is None else torch.stack(p) for p in packed)
     else:
-        shapes = [(*lead, blocks, columns, width) for width in WORDS[bits]]
+        shapes = [(*lead, bands, columns, BAND // ROWS, width) for width in WORDS[bits]]
         words = tuple(torch.randint(-(1 << 31), 1 << 31, s, dtype=torch.int32, **made) for s in shapes)
-    grid = (*lead, -(-K // group_size), blocks * ROWS)
+    grid = (*lead, -(-K // group_size), bands * BAND)
     scale = (torch.randn(grid, **made) * (K**-0.5 / (1 << (bits - 1)))).to(dtype)
     zero = None if symmetric else torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), grid, **made).to(dtype)
     return Fragments(words, scale, zero, N, K, bits, group_size)
@@ -189,15 +192,15 @@ def random(
 
 def _row_codes(fragments: Fragments, index: Tensor) -> Tensor:
     """Signed codes int8 [n, K]."""
-    block, row = index // ROWS, index % ROWS
-    axis = _lane_axis(fragments.bits)
+    block, row = index % BAND // ROWS, index % ROWS
+    axes = tuple(_PACKED[fragments.bits].index(axis) for axis in "rg")
     lanes = []
     for w in fragments.words:
-        # [n, column blocks, ..., t, words of a lane] of the lanes with the right g, its axis kept as a one
-        of_rows = _lanes(w, fragments.bits).movedim(axis, 1)[block, row % 8]
-        lanes.append(of_rows.unsqueeze(1).movedim(1, axis))
-    both = _matrix(_unpack_lanes(lanes, fragments.bits), fragments.bits)  # [n, j0, 1, K']
-    return both[torch.arange(len(index), device=both.device), row // 8, 0, : fragments.K]
+        # [n, column blocks, ..., t, words of a lane] of the blocks and lanes of the rows, whose axes are kept as ones
+        of_rows = _lanes(w, fragments.bits).movedim(axes, (1, 2))[index // BAND, block, row % 8]
+        lanes.append(of_rows[:, None, None].movedim((1, 2), axes))
+    both = _matrix(_unpack_lanes(lanes, fragments.bits), fragments.bits)  # [n, 1, j0, 1, K']
+    return both[torch.arange(len(index), device=both.device), 0, row // 8, 0, : fragments.K]
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -217,15 +220,15 @@ def _kind(f: Fragments) -> str:
 
 
 def _per_group(values: Tensor, more: int) -> Tensor:
-    """[G, 16 * N16] of values [N, G], zeros in the rows added."""
+    """[G, 64 * N64] of values [N, G], zeros in the rows added."""
     return pad(values.t(), (0, more)).contiguous()
 
 
 def _pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
     """int32 words of signed codes [N, K], piece by piece: on the way a 3-bit code takes 20 bytes."""
     N, K = codes.shape
-    more_rows, more_columns = -N % ROWS, -K % COLUMNS
-    step = max(1, _CHUNK // ((K + more_columns) * ROWS)) * ROWS
+    more_rows, more_columns = -N % BAND, -K % COLUMNS
+    step = max(1, _CHUNK // ((K + more_columns) * BAND)) * BAND
     pieces = []
     for n in range(0, N, step):
         part = codes[n : n + step]
@@ -233,8 +236,8 @@ def _pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
         plain = part.contiguous().view(torch.uint8)
         if bits != 8:
             plain = plain + (1 << (bits - 1))
-        # r, j0, g, c, w1, j2, j1, t, e
-        plain = plain.view(-1, 2, 8, (K + more_columns) // COLUMNS, 2, 2, 2, 4, 2)
+        # b, r, j0, g, c, w1, j2, j1, t, e
+        plain = plain.view(-1, BAND // ROWS, 2, 8, (K + more_columns) // COLUMNS, 2, 2, 2, 4, 2)
         pieces.append(_join(plain.permute([_PLAIN.index(axis) for axis in _PACKED[bits]]).contiguous(), bits))
     whole = [torch.cat(planes) if len(planes) > 1 else planes[0] for planes in zip(*pieces, strict=True)]
     return tuple(whole)
@@ -242,9 +245,9 @@ def _pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 def _join(ordered: Tensor, bits: int) -> tuple[Tensor, ...]:
     """int32 words of uint8 codes in the axes `_PACKED[bits]`: neighbours share a byte, the first one lowest."""
-    blocks, columns = ordered.shape[:2]
+    blocks = ordered.shape[:3]
     if bits == 3:
-        pairs = ordered.reshape(blocks, columns, 32, 2, 16).to(torch.int32)
+        pairs = ordered.reshape(*blocks, 32, 2, 16).to(torch.int32)
         last = pairs[..., 15]
         words = []
         for i in range(3):
@@ -252,32 +255,24 @@ def _join(ordered: Tensor, bits: int) -> tuple[Tensor, ...]:
             for f in range(_PER_HALF):
                 half = half | pairs[..., _PER_HALF * i + f] << (3 * f)
             words.append(half[..., 0] | half[..., 1] << 16)
-        return torch.stack(words[:2], dim=-1).flatten(2), words[2]
+        return torch.stack(words[:2], dim=-1).flatten(3), words[2]
     per_byte = 8 // bits
     codes = ordered.reshape(-1, per_byte)
     packed = codes[:, 0].clone()
     for i in range(1, per_byte):
         packed |= codes[:, i] << (bits * i)
-    return (packed.view(torch.int32).view(blocks, columns, -1),)
-
-
-def _lane_axis(bits: int) -> int:
-    """Where g stands in the axes of `_lanes`."""
-    return _PACKED[bits].index("g")
+    return (packed.view(torch.int32).view(*blocks, -1),)
 
 
 def _lanes(words: Tensor, bits: int) -> Tensor:
-    """A view of words [B, C, W] with g and t as axes of their own, and one axis of words per lane (and per w1)."""
-    blocks, columns, width = words.shape
-    return words.view(blocks, columns, 2, 8, 4, 4) if bits == 8 else words.view(blocks, columns, 8, 4, width // 32)
+    """A view of words [B, C, 4, W] with g and t as axes of their own, and one axis of words per lane (and per w1)."""
+    return words.unflatten(-1, (2, 8, 4, 4) if bits == 8 else (8, 4, -1))
 
 
 def _unpack_lanes(lanes: Sequence[Tensor], bits: int) -> Tensor:
-    """Signed int8 codes in the axes `_PACKED[bits]` of what `_lanes` gives; g may be any number of lanes."""
+    """Signed int8 codes in the axes `_PACKED[bits]` of what `_lanes` gives; r and g may have any length."""
     first = lanes[0]
-    blocks, columns = first.shape[:2]
-    count = first.shape[_lane_axis(bits)]
-    sizes = {"r": blocks, "c": columns, "g": count, "t": 4}
+    sizes = {axis: first.shape[_PACKED[bits].index(axis)] for axis in "bcrgt"}
     if bits == 3:
         words = torch.cat((first, lanes[1]), dim=-1)
         halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=-2)  # [..., e, 3]
@@ -293,6 +288,6 @@ def _unpack_lanes(lanes: Sequence[Tensor], bits: int) -> Tensor:
 
 
 def _matrix(codes: Tensor, bits: int) -> Tensor:
-    """[B, 2 (j0), g, 64 * C] of codes in the axes `_PACKED[bits]`."""
+    """[B, r, 2 (j0), g, 64 * C] of codes in the axes `_PACKED[bits]`."""
     plain = codes.permute([_PACKED[bits].index(axis) for axis in _PLAIN])
-    return plain.flatten(3)
+    return plain.flatten(4)

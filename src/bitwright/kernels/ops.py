@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.kernels import fragments as slow
-from bitwright.kernels.fragments import COLUMNS, ROWS, Fragments
+from bitwright.kernels.fragments import BAND, COLUMNS, ROWS, Fragments
 
 _HALF = (torch.bfloat16, torch.float16)
 DEQUANTIZE = "dequantize"  # the kernel that is a temporary weight and cuBLAS
@@ -175,11 +175,11 @@ def _fragments(
     words: Sequence[Tensor], scale: Tensor, zero: Tensor | None, N: int, K: int, bits: int, group_size: int
 ) -> Fragments:
     """The operands as one value; a kernel would read past the end of weights that do not fit x, so they must."""
-    blocks, columns = words[0].shape[-3], words[0].shape[-2]
-    if blocks != (N + ROWS - 1) // ROWS or columns != (K + COLUMNS - 1) // COLUMNS:
+    blocks = ((N + BAND - 1) // BAND, (K + COLUMNS - 1) // COLUMNS, BAND // ROWS)
+    if words[0].shape[-4:-1] != blocks:
         raise SchemeError(
-            f"words of [{blocks * ROWS}, {columns * COLUMNS}] cannot hold a weight [{N}, {K}]; x must be [M, K] of the "
-            "weight that was packed"
+            f"words {list(words[0].shape)} cannot hold a weight [{N}, {K}], whose blocks are {list(blocks)}; x must be "
+            "[M, K] of the weight that was packed"
         )
     return Fragments(tuple(words), scale, zero, N, K, bits, group_size)
 

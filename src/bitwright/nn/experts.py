@@ -18,7 +18,7 @@ from torch import Tensor
 from bitwright.kernels import fragments
 from bitwright.kernels.cuda import FragmentWeight
 from bitwright.kernels.dispatch import Choice
-from bitwright.kernels.fragments import ROWS, Fragments
+from bitwright.kernels.fragments import BAND, Fragments
 from bitwright.kernels.ops import fragment_experts
 from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.routing_ops import sort_by_expert
@@ -63,7 +63,7 @@ class QuantExperts(UnfusedExperts):
         for name, module in stacks.items():
             self.add_module(name, module)
         self._inner = inner
-        self._up_at = -(-inner // ROWS) * ROWS  # where up begins beside gate: both are padded to whole blocks
+        self._up_at = -(-inner // BAND) * BAND  # where up begins beside gate: both are padded to whole bands
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [M, H], top_k_index [M, k] (num_experts or more: no expert), top_k_weights [M, k] -> [M, H]."""
@@ -113,16 +113,16 @@ class QuantExperts(UnfusedExperts):
         kernel, dtype = first[0].packed.NAME, first[0].packed.dtype
         del first
         for e in range(self.num_experts):
-            row = 0
+            band = 0
             for leaf in leaves:
                 part = self.linear(e, leaf).packed.fragments
-                blocks = part.words[0].shape[0]
+                bands = part.words[0].shape[0]
                 for whole, piece in zip(stack.words, part.words, strict=True):
-                    whole[e, row : row + blocks] = piece
+                    whole[e, band : band + bands] = piece
                 for whole, piece in ((stack.scale, part.scale), (stack.zero, part.zero)):
                     if whole is not None:
-                        whole[e, :, row * ROWS : (row + blocks) * ROWS] = piece
-                row += blocks
+                        whole[e, :, band * BAND : (band + bands) * BAND] = piece
+                band += bands
                 delattr(self.get_submodule(str(e)), leaf)
         return ExpertStack(StackedWeight(stack, kernel, dtype), scheme, choice, len(leaves))
 
@@ -206,11 +206,11 @@ def _text(kind: tuple[Any, ...]) -> str:
 
 
 def _empty(parts: list[Fragments], experts: int) -> Fragments:
-    """Room for a stack of `experts` times the weights `parts`, side by side along N, each in whole blocks of rows."""
+    """Room for a stack of `experts` times the weights `parts`, side by side along N, each in whole bands of rows."""
     first, last = parts[0], parts[-1]
-    blocks = sum(p.words[0].shape[0] for p in parts)
-    words = tuple(w.new_empty(experts, blocks, *w.shape[1:]) for w in first.words)
-    grid = (experts, first.scale.shape[0], blocks * ROWS)
+    bands = sum(p.words[0].shape[0] for p in parts)
+    words = tuple(w.new_empty(experts, bands, *w.shape[1:]) for w in first.words)
+    grid = (experts, first.scale.shape[0], bands * BAND)
     zero = None if first.zero is None else first.zero.new_empty(grid)
-    N = (blocks - last.words[0].shape[0]) * ROWS + last.N
+    N = (bands - last.words[0].shape[0]) * BAND + last.N
     return Fragments(words, first.scale.new_empty(grid), zero, N, first.K, first.bits, first.group_size)

@@ -261,7 +261,7 @@ def _finish(
     cut = group_size < K and group_size % 128 and 128 % group_size
     crowded = tiles["REST"] == 2 and group_size < 128  # more scales of a step than registers are left for
     if bits == 8 or cut or crowded:
-        BK, NS = 64, NS * BK // 64  # a box of TMA holds 256 words in a row, and a step must not cut a group
+        BK, NS = 64, NS * BK // 64  # a step must not cut a group; of 8 bits, 64 columns are as many bytes as 128 of 4
     groups = 1 if group_size >= K else max(1, BK // group_size)
     config = Config(
         BITS=bits,

@@ -12,29 +12,54 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from bitwright.kernels.fragments import WORDS
+from bitwright.kernels.fragments import BAND, ROWS, WORDS
+
+_BLOCKS = BAND // ROWS  # of a band and a column block
+_LINE = 256  # words that TMA takes along one side at most
 
 
 @gluon.constexpr_function
-def word_layout(bits, plane, row_blocks, column_blocks):
-    """Registers of one warpgroup for [row_blocks, column_blocks * words] int32: a lane holds its own words."""
-    per_block = WORDS[bits][plane]
+def stage(bits, plane, bands, column_blocks):
+    """The words of a step as TMA brings them: [bands, lines, words of a line], what lies side by side in a band."""
+    words = _BLOCKS * WORDS[bits][plane]
+    line = min(words, _LINE)
+    return [bands, column_blocks * (words // line), line]
+
+
+@gluon.constexpr_function
+def word_layout(bits, plane, bands, column_blocks):
+    """Registers of one warpgroup for the words of a `stage`: a lane holds its own words of every block, a warp one row
+    block of each band."""
+    shape = stage(bits, plane, bands, column_blocks)
+    block = WORDS[bits][plane]
     per_lane = 4 if bits in (4, 8) else 2 if plane == 0 else 1
-    bit = per_lane.bit_length() - 1
-    register = [[0, 1 << i] for i in range(bit)]
-    lane = [[0, 1 << (bit + i)] for i in range(5)]
-    if bits == 8:
-        register.append([0, 128])
-    register += [[0, per_block << i] for i in range(column_blocks.bit_length() - 1)]
-    register += [[4 << i, 0] for i in range((row_blocks // 4).bit_length() - 1)]
-    warp = [[1, 0], [2, 0]]
-    return gl.DistributedLinearLayout(register, lane, warp, [], [row_blocks, column_blocks * per_block])
+    own = [1 << i for i in range(per_lane.bit_length() - 1)] + ([128] if bits == 8 else [])
+    own += [_BLOCKS * block << i for i in range(column_blocks.bit_length() - 1)]
+    register = [_place(word, shape) for word in own] + [[1 << i, 0, 0] for i in range(bands.bit_length() - 1)]
+    lane = [_place(per_lane << i, shape) for i in range(5)]
+    warp = [_place(block << i, shape) for i in range(2)]
+    return gl.DistributedLinearLayout(register, lane, warp, [], shape)
 
 
 @gluon.constexpr_function
-def _words_of_block(bits):
-    """Words of a column block, of the first kind."""
-    return WORDS[bits][0]
+def _place(word, shape):
+    """Where a word of the first band stands in a `stage`."""
+    return [0, word // shape[2], word % shape[2]]
+
+
+@gluon.constexpr_function
+def _words_of_block(bits, plane=0):
+    """Words of a block, of the first kind or of the second."""
+    return WORDS[bits][plane]
+
+
+@gluon.jit
+def load_words(buffer, PLANE: gl.constexpr, WG: gl.constexpr, C: gl.constexpr):
+    """Words of warpgroup WG from a `stage` in shared memory: int32 [row blocks, column blocks * words]."""
+    KB: gl.constexpr = C.BK // 64
+    W: gl.constexpr = _words_of_block(C.BITS, PLANE)
+    words = buffer.slice(WG * C.REST, C.REST, 0).load(word_layout(C.BITS, PLANE, C.REST, KB))
+    return words.reshape([C.REST, KB, 4, W]).permute((0, 2, 1, 3)).reshape([4 * C.REST, KB * W])
 
 
 @gluon.constexpr_function

@@ -10,12 +10,13 @@ from torch.nn.functional import pad
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bitwright.kernels.fragments import WORDS, Fragments
+from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.gluon.config import PIECE, Config, Division, choose, choose_experts, divide, divide_experts, tail
+from bitwright.kernels.gluon.fragment import stage
 from bitwright.kernels.gluon.kernel import fragment_gemm
 from bitwright.kernels.workspace import zeros
 
-_WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+_WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 _SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
 _TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -69,14 +70,7 @@ def launch(
     partial = flags.view(torch.float32)
     if division.partial_size:
         partial = torch.empty(division.partial_size, dtype=torch.float32, device=x.device)
-    rows, columns = config.BN // 16, config.BK // 64
-    N16, K64 = f.words[0].shape[-3], f.words[0].shape[-2]
-    words = [
-        TensorDescriptor(
-            w, [w.numel() // (K64 * block), K64 * block], [K64 * block, 1], [rows, columns * block], _WORDS
-        )
-        for w, block in zip(f.words, WORDS[f.bits], strict=True)
-    ]
+    words = [_stages(f, plane, config) for plane in range(len(f.words))]
     scale = _rows(f.scale, config)
     zero = scale if f.zero is None else _rows(f.zero, config)
     tokens = TensorDescriptor(x, [M, x.shape[1]], [x.shape[1], 1], [config.BM, config.BK], _TOKENS)
@@ -98,7 +92,7 @@ def launch(
         M,
         f.N,
         K,
-        N16,
+        f.words[0].shape[-4],
         f.scale.shape[-2],
         division.whole,
         division.per,
@@ -108,6 +102,16 @@ def launch(
         launch_pdl=True,
     )
     return out
+
+
+def _stages(f: Fragments, plane: int, config: Config) -> TensorDescriptor:
+    """Words as bands, lines of a band, words of a line. A step is a box of it, zeros past the last column block."""
+    words, columns = f.words[plane], f.words[plane].shape[-3]
+    _, lines, line = stage(f.bits, plane, 1, columns)
+    shape = [words.numel() // (lines * line), lines, line]
+    return TensorDescriptor(
+        words, shape, [lines * line, line, 1], stage(f.bits, plane, config.BN // 64, config.BK // 64), _WORDS
+    )
 
 
 def _rows(values: Tensor, config: Config) -> TensorDescriptor:

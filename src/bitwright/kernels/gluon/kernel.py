@@ -23,7 +23,7 @@ from bitwright.kernels.gluon.tiles import expert_table, place, plan, segment
 from bitwright.kernels.gluon.write import write
 
 
-@gluon.jit(do_not_specialize=["M", "K", "blocks", "groups", "tiles_whole", "per"])
+@gluon.jit(do_not_specialize=["M", "K", "bands", "groups", "tiles_whole", "per"])
 def fragment_gemm(
     words0_desc,
     words1_desc,
@@ -39,7 +39,7 @@ def fragment_gemm(
     M,
     N,
     K,
-    blocks,
+    bands,
     groups,
     tiles_whole,
     per,
@@ -49,7 +49,7 @@ def fragment_gemm(
     """out [M, N] = x Wᵀ + bias. C: a `Config`. tiles_whole, per: the division of work (see `plan`).
 
     With experts, rows offsets[e] ... offsets[e + 1] - 1 of x [M, K] meet weight e of the stack, in which a weight takes
-    `blocks` row blocks of words and `groups` rows of scales.
+    `bands` bands of words and `groups` rows of scales.
     """
     BN: gl.constexpr = C.BN
     NS: gl.constexpr = C.NS
@@ -94,7 +94,7 @@ def fragment_gemm(
     output = (out, out_desc, stages, gathered, given, taken)
     use = (buffers, full, empty, output, bias, partial, counters, problem, division)
     descriptors = (words0_desc, words1_desc, x_desc, scale_desc, zero_desc)
-    load = (descriptors, buffers, full, empty, problem, division, (blocks, groups))
+    load = (descriptors, buffers, full, empty, problem, division, (bands, groups))
     gl.static_assert(C.NWG == 2 or C.NWG == 4, "one warpgroup loses results, see dev/LOG.md")
     if C.NWG == 2:
         gl.warp_specialize(
@@ -122,9 +122,8 @@ def _produce(load, C: gl.constexpr):
     x_desc = descriptors[2]
     xs = buffers[2]
     tiles, tiles_whole, per = division
-    W0: gl.constexpr = buffers[0].shape[2]
-    W1: gl.constexpr = buffers[1].shape[2] if C.BITS == 3 else 0
-    BYTES: gl.constexpr = C.BN // 16 * (W0 + W1) * 4 + C.BM * C.BK * 2 + C.BN * C.GROUPS * 2 * (2 if C.ASYM else 1)
+    WORDS: gl.constexpr = C.BN * C.BK * C.BITS // 8
+    BYTES: gl.constexpr = WORDS + C.BM * C.BK * 2 + C.BN * C.GROUPS * 2 * (2 if C.ASYM else 1)
     whole, pieces, first_unit, last_unit = plan(tiles, tiles_whole, per, nk)
     # The first stages: words and scales before the wait for the kernel before this one, activations after it.
     ahead = 0
@@ -159,12 +158,12 @@ def _load_weights(descriptors, buffers, full, s, pn, expert, stack, k, C: gl.con
     """Words, scales and zero points of step k into stage s."""
     words0_desc, words1_desc, _x_desc, scale_desc, zero_desc = descriptors
     words0, words1, _xs, scales, zeros = buffers
-    blocks, groups = stack
-    row = expert * blocks + pn * (C.BN // 16)
+    bands, groups = stack
+    band = expert * bands + pn * (C.BN // 64)
     group = expert * groups + (k * C.BK) // C.GROUP
-    tma.async_copy_global_to_shared(words0_desc, [row, k * words0.shape[2]], full.index(s), words0.index(s))
+    tma.async_copy_global_to_shared(words0_desc, [band, k * words0.shape[2], 0], full.index(s), words0.index(s))
     if C.BITS == 3:
-        tma.async_copy_global_to_shared(words1_desc, [row, k * words1.shape[2]], full.index(s), words1.index(s))
+        tma.async_copy_global_to_shared(words1_desc, [band, k * words1.shape[2], 0], full.index(s), words1.index(s))
     tma.async_copy_global_to_shared(scale_desc, [group, pn * C.BN], full.index(s), scales.index(s))
     if C.ASYM:
         tma.async_copy_global_to_shared(zero_desc, [group, pn * C.BN], full.index(s), zeros.index(s))

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from bitwright.kernels.gluon.fragment import load_rows, of_group, operand, row_layout, word_layout
+from bitwright.kernels.gluon.fragment import load_rows, load_words, of_group, operand, row_layout
 
 
 @gluon.jit
@@ -121,12 +121,10 @@ def _waited(part):
 @gluon.jit
 def _words(buffers, s, PART: gl.constexpr, C: gl.constexpr):
     """The words that a warpgroup takes of stage s (the second for 3 bits only)."""
-    words0, words1 = buffers[0], buffers[1]
-    BLOCKS: gl.constexpr = 4 * C.REST
-    w0 = words0.index(s).slice(PART * BLOCKS, BLOCKS, 0).load(word_layout(C.BITS, 0, BLOCKS, C.BK // 64))
+    w0 = load_words(buffers[0].index(s), 0, PART, C)
     w1 = w0
     if C.BITS == 3:
-        w1 = words1.index(s).slice(PART * BLOCKS, BLOCKS, 0).load(word_layout(3, 1, BLOCKS, C.BK // 64))
+        w1 = load_words(buffers[1].index(s), 1, PART, C)
     return w0, w1
 
 

@@ -50,7 +50,7 @@ def dequantize_kernel(
     row = tl.program_id(0) // across
     step = tl.program_id(0) % across
     expert = tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(N, 16)
+    blocks = tl.cdiv(N, 64) * 4
     columns = tl.cdiv(K, 64)
     groups = 1 if GROUP == 0 else tl.cdiv(K, GROUP)
     PER_BLOCK: tl.constexpr = 64 if BITS == 3 else 32 * BITS

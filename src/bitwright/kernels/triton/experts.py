@@ -83,7 +83,7 @@ def experts_kernel(
         end = tl.load(offsets + expert + 1)
         row = tl.load(offsets + expert) + m * BM + tl.arange(0, BM)
         rows = tl.minimum(row, end - 1).to(tl.int64)
-        blocks = tl.cdiv(N, 16)
+        blocks = tl.cdiv(N, 64) * 4
         block = expert.to(tl.int64) * blocks * tl.cdiv(K, 64)
         PER_BLOCK: tl.constexpr = 64 if BITS == 3 else 32 * BITS
         groups = 1 if GROUP == 0 else tl.cdiv(K, GROUP)

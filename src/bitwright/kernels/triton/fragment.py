@@ -129,19 +129,21 @@ def load_words(
     """int32 [BK / 64, BN / 16, 8 (g), 4 (t), words of a lane] of the tile at a block row and column; 8 bits: w1 after
     the column blocks.
 
-    blocks, columns: how many row and column blocks there are. Blocks beyond them repeat the last one: the caller drops
-    what comes out in those rows, and multiplies those columns with 0. STREAM: no other program reads the same words.
+    blocks, columns: how many row blocks (those of whole bands) and column blocks there are. Blocks beyond them repeat
+    the last one: the caller drops what comes out in those rows, and multiplies those columns with 0. STREAM: no other
+    program reads the same words.
     """
     NB: tl.constexpr = BN // 16
     KB: tl.constexpr = BK // 64
-    # Neighbouring warps read neighbouring row blocks, as they will multiply them: rows vary faster than columns.
+    # Neighbouring warps read neighbouring row blocks, as they will multiply them: rows vary faster than columns. So the
+    # four blocks of a band and a column are read as they lie.
     RUN: tl.constexpr = 128 if PER_BLOCK == 256 else PER_BLOCK
     PARTS: tl.constexpr = PER_BLOCK // RUN
     i = tl.arange(0, NB * KB * PER_BLOCK)
     row = tl.minimum(block_row + i // RUN % NB, blocks - 1)
     part = i // (RUN * NB)
     col = tl.minimum(block_col + part // PARTS, columns - 1)
-    block = row.to(tl.int64) * columns + col
+    block = ((row // 4).to(tl.int64) * columns + col) * 4 + row % 4
     # Wider loads would give a lane the words of its neighbours, which then travel through shared memory.
     at = words + tl.max_contiguous(block * PER_BLOCK + part % PARTS * RUN + i % RUN, RUN // 32)
     w = tl.load(at, eviction_policy="evict_first" if STREAM else "")

@@ -109,7 +109,7 @@ def accumulate(
     """float32 [BN, BM]: BN rows of W from a block row on, times `rows` of x, over steps first to last of BK."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     PER_BLOCK: tl.constexpr = 64 if BITS == 3 else 32 * BITS
-    blocks = tl.cdiv(N, 16)
+    blocks = tl.cdiv(N, 64) * 4
     columns = tl.cdiv(K, 64)
     groups = 1 if GROUP == 0 else tl.cdiv(K, GROUP)
     s0, s1 = load_groups(scale, block_row, first * (BK // 64), blocks, groups, BN, BK, GROUP)
