@@ -493,3 +493,42 @@ def test_what_cannot_be_measured_is_said() -> None:
         prefill.run(prefill.Options(tiny(LLAMA), prompts=((1, 0),), device="cpu"))
     with pytest.raises(BitwrightError, match="64 GPUs"):
         fewest_gpus(models("opt-175b"), None, BF16, 512, 1_000_000_000)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4-o16", "w4a8-o16", "w4a4-o16-24"])
+def test_linears_quantize_behind_norms_and_gates_to_the_same_bits(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whose linears get their inputs quantized by the kernels before them, and one of separate launches."""
+    small = tiny(LLAMA)
+    model = make_model(small, Scheme.parse(scheme), make_tables(small, BF16, CPU))
+    ids, states = correctness.prompts(small, 2, 9, CPU), [make_state(small, 2, 2, 12, BF16, CPU) for _ in range(2)]
+    taken: list[str] = []
+
+    def spied(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            result = run(*arguments)
+            taken.append("none" if result is None else name)
+            return result
+
+        return call
+
+    for name in ("behind_norm", "behind_silu"):
+        monkeypatch.setattr(PackedLinear, name, spied(name, getattr(PackedLinear, name)))
+    fused = [model.prefill(states[0], ids), model.step(states[0])]
+    assert taken == ["behind_norm", "behind_norm", "behind_silu"] * 4
+    monkeypatch.setattr(PackedLinear, "_fusible", None)
+    apart = [model.prefill(states[1], ids), model.step(states[1])]
+    assert taken[12:] == ["none"] * 12
+    assert all(map(torch.equal, fused, apart))
+
+
+@pytest.mark.parametrize(("shape", "scheme"), [(OPT, "w4a4-o16"), (LLAMA, "w4a16-g64"), (LLAMA, "w4a4-o16-rot")])
+def test_other_linears_take_their_inputs_as_they_are(shape: ModelShape, scheme: str) -> None:
+    small = tiny(shape)
+    model = make_model(small, Scheme.parse(scheme), make_tables(small, BF16, CPU))
+    x = torch.randn(3, 256).to(BF16)
+    for block in model.blocks:
+        assert isinstance(block.qkv, PackedLinear)
+        (y, total), (normed, summed) = block.norm.into(block.qkv, x, x), block.norm(x, x)
+        assert torch.equal(y, block.qkv(normed)) and torch.equal(total, summed)
+        if shape is LLAMA:
+            assert block.qkv.behind_norm(x, x, block.norm.weight, 1e-5) is None

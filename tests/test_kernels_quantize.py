@@ -23,7 +23,7 @@ from bitwright.activations import quantize_asymmetric, quantize_symmetric, rotat
 from bitwright.errors import SchemeError  # noqa: E402
 from bitwright.kernels import split_ops  # noqa: E402
 from bitwright.kernels.triton import quantize as kernel  # noqa: E402
-from bitwright.kernels.triton.quantize import SPAN, WHOLE, QuantizeConfig, quantize_config  # noqa: E402
+from bitwright.kernels.triton.quantize import MOST, WHOLE, QuantizeConfig, quantize_config  # noqa: E402
 
 PROCESSORS = 132
 
@@ -77,6 +77,48 @@ def test_a_norm_in_front_is_that_of_llama(dtype: torch.dtype) -> None:
     torch.library.opcheck(split_ops.rms_norm_quantize, (x, weight, 1e-5, *rest))
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("once", [False, True])
+def test_a_sum_and_its_norm_in_front(dtype: torch.dtype, once: bool) -> None:
+    from bitwright.bench.elementwise import add_norm
+
+    x, *rest = cases.operands(Case(4, 90, 6, order="shuffled", clip=0.9, dtype=dtype, M=2))
+    generator = torch.Generator().manual_seed(1)
+    residual, weight = (torch.rand(shape, generator=generator).to(dtype) + 0.5 for shape in (x.shape, (96,)))
+    *got, total = split_ops.add_rms_norm_quantize(x, residual, weight, 1e-5, *rest, once)
+    normed, summed = add_norm(x, residual, weight, None, 1e-5, False)
+    assert torch.equal(total, summed) and torch.equal(total, (x.float() + residual.float()).to(dtype))
+    assert all(map(torch.equal, got, split_ops.rms_norm_quantize(total, weight, 1e-5, *rest, once)))
+    if once:
+        assert all(map(torch.equal, got, split_ops.quantize_activations(normed, *rest)))
+    torch.library.opcheck(split_ops.add_rms_norm_quantize, (x, residual, weight, 1e-5, *rest, once))
+    torch.library.opcheck(split_ops.rms_norm_quantize, (x, weight, 1e-5, *rest, once))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_gate_in_front(dtype: torch.dtype) -> None:
+    from bitwright.bench.elementwise import silu_mul
+
+    _, *rest = cases.operands(Case(8, 90, 6, order="ascending", dtype=dtype, M=3))
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(1)).to(dtype) * 3
+    got = split_ops.silu_mul_quantize(x, *rest)
+    assert all(map(torch.equal, got, split_ops.quantize_activations(silu_mul(x), *rest)))
+    torch.library.opcheck(split_ops.silu_mul_quantize, (x, *rest))
+
+
+def test_sums_and_gates_that_do_not_fit_are_refused() -> None:
+    x, weight, rest = torch.zeros(2, 8), torch.ones(8), (None, index([7]), 8, 0, 1.0)
+    for residual in (torch.zeros(2, 7), torch.zeros(2, 8).half(), torch.zeros(1, 8)):
+        for add in (split_ops.add_rms_norm_quantize, split_ops._cuda_add_norm_quantize):
+            with pytest.raises(SchemeError, match=r"alike, not float32 \[2, 8\] and a residual of "):
+                add(x, residual, weight, 1e-5, *rest)
+    for run in (split_ops.silu_mul_quantize, split_ops._cuda_silu_quantize):
+        with pytest.raises(SchemeError, match=r"must be \[M, 2 K\], not float32 \[2, 9\]"):
+            run(torch.zeros(2, 9), *rest)
+        with pytest.raises(SchemeError, match="do not make up an input of 9"):
+            run(torch.zeros(2, 18), index([0]), *rest[1:])
+
+
 @pytest.mark.parametrize("weight", [torch.ones(7), torch.ones(8).bfloat16()], ids=["narrow", "bf16"])
 def test_norms_that_do_not_fit_are_refused(weight: Tensor) -> None:
     for run in (split_ops.rms_norm_quantize, split_ops._cuda_norm_quantize):
@@ -111,7 +153,8 @@ def test_refusals_say_why(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "least"), [("matrix", 72), ("shape", 20), ("part", 4), ("empty", 1), ("norm", 6), ("shuffle", 2)]
+    ("kind", "least"),
+    [("matrix", 72), ("shape", 20), ("part", 4), ("empty", 1), ("norm", 6), ("shuffle", 2), ("lane", 24), ("silu", 18)],
 )
 def test_in_the_interpreter(kind: str, least: int) -> None:
     assert_checks("quantize_interpreter", kind, least)
@@ -124,27 +167,34 @@ def test_programs_cover_their_token(block: int) -> None:
             if block and B % block:
                 continue
             columns = -(-B // 128) * 128
-            c = quantize_config(M, columns, block, PROCESSORS)
-            assert 1 <= c.warps <= 32 and c.warps & (c.warps - 1) == 0 and c.repeats & (c.repeats - 1) == 0
-            assert c.repeats * SPAN % max(block, 1) == 0, "a block lies in two warps"
-            assert c.whole == (columns <= WHOLE) and (not c.whole or c.columns >= columns)
-            assert c.repeats <= 2, "more columns a lane than have registers"
+            for gather, silu in ((False, False), (True, False), (False, True), (True, True)):
+                c = quantize_config(M, columns, block, PROCESSORS, gather, silu)
+                assert 1 <= c.warps <= 32 and c.warps & (c.warps - 1) == 0 and c.repeats & (c.repeats - 1) == 0
+                assert c.repeats * c.lane * 32 % max(block, 1) == 0, "a block lies in two warps"
+                assert c.lane == (4 if gather and not block else 16), "columns of a lane lie apart"
+                assert c.whole == (columns <= (MOST if (gather or silu) and not block else WHOLE))
+                assert not c.whole or c.columns >= columns
+                assert c.repeats * c.lane <= 32, "more columns a lane than have registers"
 
 
-def compiled(c: QuantizeConfig, bits: int, block: int, dtype: str, gather: bool, norm: bool = False) -> Any:
-    """What `quantize` compiles for sm_90, for a large aligned input with outliers."""
+def compiled(
+    c: QuantizeConfig, bits: int, block: int, dtype: str, gather: bool, before: str = "", once: bool = False
+) -> Any:
+    """What `quantize` compiles for sm_90, for a large aligned input with outliers; before: "norm", "add" or "silu"."""
     names = kernel.quantize_kernel.arg_names
     types = {"x": f"*{dtype}", "outlier_idx": "*i32", "codes": "*i8", "scale": "*fp32", "zero": "*i32"}
     types |= {"outliers": f"*{dtype}", "clip": "fp32", "eps": "fp32"} | dict.fromkeys(
         ("stride", "K", "B", "Bp", "O", "Op"), "i32"
     )
-    types |= ({"base_idx": "*i32"} if gather else {}) | ({"weight": f"*{dtype}"} if norm else {})
-    values = {"BITS": bits, "BLOCK": block, "WIDTH": SPAN, "WARPS": c.warps, "REPEATS": c.repeats, "WHOLE": c.whole}
-    values |= {"OUTLIERS": 256, "FMA": True, "base_idx": None, "weight": None}
+    types |= {"base_idx": "*i32"} if gather else {}
+    types |= {"weight": f"*{dtype}"} if before in ("norm", "add") else {}
+    types |= dict.fromkeys(("residual", "total"), f"*{dtype}") if before == "add" else {}
+    values = {"BITS": bits, "BLOCK": block, "LANE": c.lane, "WARPS": c.warps, "REPEATS": c.repeats, "WHOLE": c.whole}
+    values |= {"OUTLIERS": 256, "FMA": True, "SILU": before == "silu", "ONCE": once}
     source = ASTSource(
         kernel.quantize_kernel,
         {n: types.get(n, "constexpr") for n in names},
-        {(names.index(n),): values[n] for n in names if n not in types},
+        {(names.index(n),): values.get(n) for n in names if n not in types},
         {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in ("clip", "eps")},
     )
     options = {"num_warps": c.warps, "enable_fp_fusion": False}
@@ -172,28 +222,53 @@ def test_hopper_keeps_a_token_in_registers(
     M: int, columns: int, bits: int, block: int, dtype: str, gather: bool, tmp_path: Path
 ) -> None:
     """From load to store no value changes its lane but through the shuffles of a rotation, and nothing spills."""
-    c = quantize_config(M, columns, block, PROCESSORS)
+    c = quantize_config(M, columns, block, PROCESSORS, gather)
     made = compiled(c, bits, block, dtype, gather)
     ptx = made.asm["ptx"]
     assert made.metadata.shared <= 4 * 32 * 2, "values travel through shared memory"
     assert ptx.count("st.shared") <= 4 and ptx.count("bar.sync") <= 6
-    # 16 codes a store; 16-byte loads of the input, or of the indices where it is gathered.
-    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == c.repeats
-    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2 * c.repeats
+    # The codes of a lane are one store; 16-byte loads of the input, or of the indices where it is gathered.
+    held = c.repeats * c.lane
+    assert len(re.findall(rf"st\.global\.{'v4.' if c.lane == 16 else ''}b32", ptx)) >= c.repeats
+    assert "st.global.b8" not in ptx and ("st.global.v4" in ptx) == (c.lane == 16)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= held // 8
     lanes = min(max(block.bit_length() - 5, 0), 5)  # the first four of log2(block) steps are within a lane
-    assert ptx.count("shfl.sync") >= 16 * c.repeats * lanes * (1 if c.whole else 2)
+    assert ptx.count("shfl.sync") >= held * lanes * (1 if c.whole else 2)
     # No division but the correctly rounded one, no fused product but the four of each quotient, nothing flushed.
     assert "div.full" not in ptx and "div.approx" not in ptx and ".ftz" not in ptx
-    assert ptx.count("fma.rn.f32") == 4 * 16 * c.repeats
-    assert spilled(ptx, tmp_path) == [0, 0]
+    assert ptx.count("fma.rn.f32") == 4 * held
+    few, many = (0, 0) if c.warps < 32 else (100, 100)  # a token of 32 warps is held at the price of some
+    stored, loaded = spilled(ptx, tmp_path)
+    assert stored <= few and loaded <= many
 
 
 @pytest.mark.parametrize(("M", "columns", "bits"), [(1, 4096, 4), (4096, 8192, 8), (4096, 16384, 4)])
-def test_hopper_with_a_norm_in_front(M: int, columns: int, bits: int, tmp_path: Path) -> None:
-    c = quantize_config(M, columns, 0, PROCESSORS)
-    made = compiled(c, bits, 0, "bf16", gather=True, norm=True)
+@pytest.mark.parametrize("before", ["norm", "add"])
+def test_hopper_with_a_norm_in_front(M: int, columns: int, bits: int, before: str, tmp_path: Path) -> None:
+    c = quantize_config(M, columns, 0, PROCESSORS, gather=True)
+    made = compiled(c, bits, 0, "bf16", gather=True, before=before, once=before == "add")
+    ptx = made.asm["ptx"]
     assert made.metadata.shared <= 4 * 32 * 2
-    assert spilled(made.asm["ptx"], tmp_path) == [0, 0]
+    assert spilled(ptx, tmp_path) == [0, 0]
+    if before == "add":
+        # Sums are stored before a barrier and gathered behind it, not by way of the read-only cache.
+        stored = ptx.index("st.global.v4")
+        gathers = [m.start() for m in re.finditer(r"ld\.global\.b16", ptx)]
+        assert len(gathers) > 32 and "ld.global.nc" not in ptx
+        assert stored < ptx.rindex("bar.sync", 0, gathers[0]) < gathers[0]
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["first", "gather"])
+@pytest.mark.parametrize(("M", "columns", "dtype", "most"), [(4096, 11008, "bf16", 0), (2048, 28672, "fp16", 160)])
+def test_hopper_with_a_gate_in_front(M: int, columns: int, dtype: str, most: int, gather: bool, tmp_path: Path) -> None:
+    """Products stay in registers, spilling few; a gate takes one exponential and one reciprocal, nothing else dear."""
+    c = quantize_config(M, columns, 0, PROCESSORS, gather, silu=True)
+    assert c.whole
+    ptx = compiled(c, 8, 0, dtype, gather, "silu").asm["ptx"]
+    assert max(spilled(ptx, tmp_path)) <= most
+    values = c.repeats * c.lane + -(-256 // (c.warps * 32))  # outliers too
+    assert values <= ptx.count("ex2.approx.ftz") == ptx.count("rcp.approx.ftz") <= values + 8
+    assert "div.full" not in ptx and "ex2.approx.f32" not in ptx
 
 
 def spilled(ptx: str, folder: Path) -> list[int]:

@@ -60,6 +60,28 @@ def test_quantized_models_equal_their_dequantized_twins(name: str, scheme: str) 
     assert verdict.reason is None, verdict
 
 
+@pytest.mark.parametrize("scheme", ["w4a4-o256", "w4a4-o256-24", "w8a8"])
+def test_models_that_round_activations_equal_their_twins(scheme: str) -> None:
+    with torch.no_grad():
+        verdict = correctness.check(models("llama-2-7b"), Scheme.parse(scheme), BF16, torch.device("cuda"))
+    assert verdict.reason is None, verdict
+
+
+def test_linears_quantize_in_the_kernels_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of real width against separate launches: another order of the sum of squares, and nothing else."""
+    shape = replace(models("llama-2-7b"), layers=1, vocab=512)
+    made = make_model(shape, Scheme.parse("w4a4-o256"), make_tables(shape, BF16, "cuda"))
+
+    def logits() -> torch.Tensor:
+        return made.prefill(make_state(shape, 1, 1, 300, BF16, "cuda"), prompts(shape, 1, 300, "cuda"))
+
+    with torch.no_grad():
+        fused = logits()
+        monkeypatch.setattr(PackedLinear, "_fusible", None)
+        apart = logits()
+    assert _relative(fused, apart) < 2e-2
+
+
 @pytest.mark.parametrize("batch", [1, 2, 16])
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", ["llama-2-7b", "opt-30b", "mixtral-8x7b"])

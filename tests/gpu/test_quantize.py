@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,9 +13,15 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
+from bitwright.bench.elementwise import add_norm, silu_mul
 from bitwright.kernels import shared_input
 from bitwright.kernels.shared_input import Codes, share
-from bitwright.kernels.split_ops import quantize_activations, rms_norm_quantize
+from bitwright.kernels.split_ops import (
+    add_rms_norm_quantize,
+    quantize_activations,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 from bitwright.split import InputSplit
 from gpu import quantize_cases as cases
 from gpu.quantize_cases import Case
@@ -82,8 +90,113 @@ def test_a_norm_in_front(case: Case, dtype: torch.dtype, poison: None) -> None:
     assert apart[:, : case.B].max() <= 2 and (apart[:, : case.B] > 0).float().mean() < 0.05
 
 
+BEFORE = [
+    Case(bits, B, O, block, order, M=M)
+    for bits, B, O, block, order in (
+        (4, 7936, 256, 0, "ascending"),
+        (8, 4096, 0, 0, "first"),
+        (8, 27776, 896, 0, "ascending"),
+        (4, 1001, 23, 0, "shuffled"),
+        (8, 1536, 16, 512, "shuffled"),
+        (4, 40000, 960, 0, "ascending"),
+    )
+    for M in (1, 3, 600)
+] + [Case(4, 7936, 256, 0, "ascending", M=2048)]
+
+
+@pytest.mark.parametrize("case", BEFORE, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_gate_in_front(case: Case, dtype: torch.dtype, poison: None) -> None:
+    """Bit for bit what the product's own kernel leaves in memory: gates of every size, peculiar tokens included."""
+    x, base_idx, outlier_idx, *rest = cases.operands(replace(case, dtype=dtype), "cuda")
+    generator = torch.Generator(device="cuda").manual_seed(4)
+    gates = torch.randn(x.shape, device="cuda", generator=generator) * 5
+    large = torch.tensor([-1e4, -104.0, -95.0, -88.5, -88.0, -87.25, -60.0, 1e-30, 0.0, 30.0, 90.0, 6e4], device="cuda")
+    chosen = large[torch.randint(len(large), x.shape, device="cuda", generator=generator)]
+    gates = torch.where(torch.rand(x.shape, device="cuda", generator=generator) < 0.2, chosen, gates)
+    both = torch.cat((gates.to(dtype), x), dim=1)
+    got = silu_mul_quantize(both, base_idx, outlier_idx, *rest)
+    wanted = quantize_activations(silu_mul(both), base_idx, outlier_idx, *rest)
+    cases.compare(got, tuple(t.cpu() for t in wanted), str(case))
+
+
+@pytest.mark.parametrize("case", BEFORE, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_sum_and_its_norm_in_front(case: Case, dtype: torch.dtype, poison: None) -> None:
+    """The sum to the last bit; its norm but for another order of the sum of squares, as in `test_a_norm_in_front`."""
+    _, base_idx, outlier_idx, *rest = cases.operands(replace(case, M=1), "cuda")
+    generator = torch.Generator(device="cuda").manual_seed(2)
+    x, residual = (torch.randn(case.M, case.K, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    weight = (torch.rand(case.K, device="cuda", generator=generator) + 0.5).to(dtype)
+    *got, total = add_rms_norm_quantize(x, residual, weight, 1e-5, base_idx, outlier_idx, *rest, True)
+    h, summed = add_norm(x, residual, weight, None, 1e-5, False)
+    assert torch.equal(total, summed)
+    alone = rms_norm_quantize(total, weight, 1e-5, base_idx, outlier_idx, *rest, True)
+    cases.compare(tuple(got), tuple(t.cpu() for t in alone), "of the stored sum")
+    codes, scale, zero, outliers = quantize_activations(h, base_idx, outlier_idx, *rest)
+    unit = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[1], scale, rtol=unit, atol=0)
+    torch.testing.assert_close(got[3], outliers, rtol=unit, atol=0)
+    assert (got[2] - zero).abs().max() <= 1
+    apart = ((got[0] - got[2][:, None]) - (codes - zero[:, None])).abs()[:, : case.B]
+    assert apart.max() <= 2 and (apart > 0).float().mean() < 0.01
+
+
+def test_gates_beyond_two_gigabytes() -> None:
+    M, K = 70_000, 16_384
+    if torch.cuda.mem_get_info()[0] < M * K * 5 + (1 << 30):
+        pytest.skip("needs 7 GB of free GPU memory")
+    x = torch.zeros(M, 2 * K, dtype=torch.bfloat16, device="cuda")
+    x[-4:] = torch.randn(4, 2 * K, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+    outlier_idx = torch.arange(0, K, 2048, dtype=torch.int32, device="cuda")
+    base_idx = torch.ones(K, device="cuda").index_fill(0, outlier_idx.long(), 0).nonzero()[:, 0].int()
+    got = silu_mul_quantize(x, base_idx, outlier_idx, 8, 0, 1.0)
+    expected = quantize_activations(silu_mul(x[-4:].contiguous()), base_idx, outlier_idx, 8, 0, 1.0)
+    cases.compare(tuple(t[-4:] for t in got), tuple(t.cpu() for t in expected), "last rows")
+    assert not got[0][:-4].any()
+
+
+def test_sums_beyond_two_gigabytes() -> None:
+    M, K = 70_000, 32_768
+    if torch.cuda.mem_get_info()[0] < M * K * 7 + (1 << 30):
+        pytest.skip("needs 17 GB of free GPU memory")
+    x, residual = (torch.zeros(M, K, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    x[-4:], residual[-4:] = (torch.randn(4, K, generator=generator).bfloat16().cuda() for _ in range(2))
+    rest = torch.ones_like(x[0]), 1e-5, None, torch.empty(0, dtype=torch.int32, device="cuda"), 8, 0, 1.0
+    *got, total = add_rms_norm_quantize(x, residual, *rest)
+    *expected, last = add_rms_norm_quantize(x[-4:].clone(), residual[-4:].clone(), *rest)
+    cases.compare(tuple(t[-4:] for t in got), tuple(t.cpu() for t in expected), "last rows")
+    assert torch.equal(total[-4:], last) and torch.equal(last, x[-4:] + residual[-4:]) and not total[:-4].any()
+
+
+def test_a_gate_and_a_sum_in_a_graph_and_every_time_the_same() -> None:
+    g = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn(300, 8192, device="cuda", generator=g).bfloat16()
+    weight, none = torch.ones_like(x[0]), torch.empty(0, dtype=torch.int32, device="cuda")
+    base_idx = torch.randperm(8192, device="cuda", generator=g).int()
+    picked = base_idx[base_idx < 4096]
+    calls = (
+        lambda: silu_mul_quantize(x, picked, none, 8, 0, 1.0),
+        lambda: add_rms_norm_quantize(x, x * 2, weight, 1e-5, base_idx, none, 4, 0, 0.9, True),
+    )
+    for call in calls:
+        first = call()
+        for _ in range(20):
+            assert all(map(torch.equal, first, call()))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = call()
+        x.copy_(torch.randn(x.shape, device="cuda", generator=g))
+        graph.replay()
+        assert all(map(torch.equal, got, call())) and not torch.equal(got[0], first[0])
+
+
 def test_no_tokens() -> None:
     cases.check(quantize_activations, Case(4, 96, 8, M=0), "cuda")
+    x, none = torch.empty(0, 96, device="cuda"), torch.empty(0, dtype=torch.int32, device="cuda")
+    *_, total = add_rms_norm_quantize(x, x, torch.ones(96, device="cuda"), 1e-5, None, none, 8, 0, 1.0)
+    assert total.shape == (0, 96) and silu_mul_quantize(x, None, none, 8, 0, 1.0)[0].shape == (0, 128)
 
 
 def test_rows_beyond_two_gigabytes() -> None:
@@ -113,7 +226,12 @@ def test_the_same_every_time(case: Case, poison: None) -> None:
 
 @pytest.mark.parametrize("case", [Case(4, 1024, 40, 1024, "shuffled", 0.9, M=2), Case(8, 40, 3, M=2)], ids=str)
 def test_opcheck(case: Case) -> None:
-    torch.library.opcheck(quantize_activations, cases.operands(case, "cuda"))
+    x, *rest = cases.operands(case, "cuda")
+    torch.library.opcheck(quantize_activations, (x, *rest))
+    x, weight = torch.randn(2, case.K, device="cuda"), torch.ones(case.K, device="cuda")
+    torch.library.opcheck(rms_norm_quantize, (x, weight, 1e-5, *rest, True))
+    torch.library.opcheck(add_rms_norm_quantize, (x, x * 2, weight, 1e-5, *rest, True))
+    torch.library.opcheck(silu_mul_quantize, (x.repeat(1, 2), *rest))
 
 
 def test_a_graph_quantizes_what_is_there_at_replay() -> None:

@@ -20,8 +20,10 @@ from bitwright.kernels.cuda import FragmentWeight, TritonWeight
 from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.ops import fragment_experts
 from bitwright.kernels.problem import Implementation, PackedWeight, Problem, cpu_features, cuda_features
+from bitwright.kernels.shared_input import Codes
 from bitwright.kernels.split import SplitInteger
 from bitwright.kernels.split_cuda import Int8Weight
+from bitwright.kernels.split_ops import add_rms_norm_quantize, rms_norm_quantize, silu_mul_quantize
 from bitwright.scheme import Scheme
 from bitwright.split import InputSplit
 
@@ -78,6 +80,34 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.weight.linear(x, self.bias)
+
+    def behind_norm(
+        self, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """(the linear of the RMSNorm of residual + x, residual + x), rounded like `elementwise.add_norm`, quantized
+        by the kernel of the norm; None if this linear does not quantize its input so."""
+        packed = self._fusible
+        if packed is None:
+            return None
+        split = packed.quantizer.operands
+        if x is None:
+            quantized, total = rms_norm_quantize(residual, weight, eps, *split, once=True), residual
+        else:
+            *quantized, total = add_rms_norm_quantize(x, residual, weight, eps, *split, once=True)
+        return packed.multiply(Codes(*quantized), self.bias), total
+
+    def behind_silu(self, gate_up: Tensor) -> Tensor | None:
+        """The linear of silu(gate) * up, quantized by the kernel of the product; None as in `behind_norm`."""
+        packed = self._fusible
+        if packed is None:
+            return None
+        return packed.multiply(Codes(*silu_mul_quantize(gate_up, *packed.quantizer.operands)), self.bias)
+
+    @property
+    def _fusible(self) -> Int8Weight | SplitInteger | None:
+        """The weight, if its input is quantized and nothing but that: rotations take their time in any kernel."""
+        packed = self.weight
+        return packed if isinstance(packed, Int8Weight | SplitInteger) and not packed.split.block else None
 
     def dense(self) -> DenseLinear | RoundedLinear:
         """With the weight dequantized and none of our kernels; quantized activations stay rounded."""

@@ -32,6 +32,15 @@ class Norm:
             return combine_norm(x, residual, *self._values)
         return add_norm(x, residual, *self._values)
 
+    def into(self, linear: Linear, x: Tensor | Outputs | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(`linear` of the norm of residual + x, residual + x); its input is quantized on the way if it can be."""
+        if isinstance(linear, PackedLinear) and self.bias is None and not isinstance(x, Outputs):
+            fused = linear.behind_norm(x, residual, self.weight, _EPS)
+            if fused is not None:
+                return fused
+        normed, residual = self(x, residual)
+        return linear(normed), residual
+
     def route(self, x: Tensor, residual: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor, Routing]:
         """(rows of the norm for their experts, residual + x, where they belong)."""
         return norm_route(x, residual, *self._values, router, top_k)
@@ -51,8 +60,9 @@ class Mlp:
 
     def __call__(self, norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(what it makes of the norm of residual + x, residual + x)."""
-        normed, residual = norm(x, residual)
-        return self.down(_activate(self.up(normed), self.gated)), residual
+        y, residual = norm.into(self.up, x, residual)
+        fused = self.down.behind_silu(y) if self.gated and isinstance(self.down, PackedLinear) else None
+        return self.down(_activate(y, self.gated)) if fused is None else fused, residual
 
     def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
         """Its linears alone, on inputs of the right shape made now."""

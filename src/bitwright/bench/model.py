@@ -3,7 +3,8 @@
 One program for all of them: rotary or learned positions, RMSNorm or LayerNorm, gated, plain or expert MLPs. The 16-bit
 model and the quantized one differ in their linears and in nothing else, so that a difference in time is theirs. A block
 is a handful of launches (norm, qkv, attention, o, norm, up, activation, down; with experts, the norm before them also
-sends tokens to them, and the norm after them sums what they gave) without a word to the host, so that a step can be
+sends tokens to them, and the norm after them sums what they gave; a linear that quantizes its input gets that done by
+the kernel of the norm or the activation before it) without a word to the host, so that a step can be
 captured in a CUDA graph.
 
 Weights are made on the device, at random: speed does not depend on them.
@@ -173,8 +174,8 @@ class Decoder:
         """Hidden states [M, hidden] through all blocks and the last norm."""
         x: Tensor | Outputs | None = None
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-            normed, h = block.norm(x, h)
-            x = block.o(attend(block.qkv(normed), keys, values).view(h.shape[0], -1))
+            qkv, h = block.norm.into(block.qkv, x, h)
+            x = block.o(attend(qkv, keys, values).view(h.shape[0], -1))
             x, h = block.mlp(block.mlp_norm, x, h)
         return self.tables.norm(x, h)[0]
 

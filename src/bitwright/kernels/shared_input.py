@@ -36,6 +36,7 @@ from bitwright.kernels.workspace import launch_place
 from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import InputSplit
 
+Operands = tuple[Tensor | None, Tensor, int, int, float]  # base_idx, outlier_idx, bits, block, clip
 _KEPT = 2  # inputs remembered: in a parallel block, attention's last linear comes between those that read the norm
 
 
@@ -73,6 +74,11 @@ class SharedInput:
         """The split, one object for all linears that share it."""
         return self._memory.split
 
+    @property
+    def operands(self) -> Operands:
+        """The split as the operators of `split_ops` take it, for those that do more than quantize."""
+        return self._memory.operands
+
     def codes(self, x: Tensor) -> Codes:
         """x [..., K] float32, bf16 or fp16 on the device of the split -> Codes of its M tokens."""
         rows = x.reshape(-1, x.shape[-1])
@@ -93,6 +99,11 @@ class Alone:
     def codes(self, x: Tensor) -> Codes:
         """x [..., K] -> Codes of its M tokens, quantized at every call."""
         return self._memory.quantized(x.reshape(-1, x.shape[-1]))
+
+    @property
+    def operands(self) -> Operands:
+        """As in `SharedInput`."""
+        return self._memory.operands
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Alone, (self._memory.split,)
@@ -121,10 +132,14 @@ class _Memory:
         self._outlier_idx = split.outlier_idx.to(torch.int32)
         self._of_thread = threading.local()
 
+    @property
+    def operands(self) -> Operands:
+        s = self.split
+        return self._base_idx, self._outlier_idx, s.bits, s.block, s.clip
+
     def quantized(self, rows: Tensor) -> Codes:
         """Codes of rows [M, K]."""
-        s = self.split
-        return Codes(*quantize_activations(rows, self._base_idx, self._outlier_idx, s.bits, s.block, s.clip))
+        return Codes(*quantize_activations(rows, *self.operands))
 
     def recall(self, rows: Tensor, reader: int) -> Codes:
         """The same, from memory if they are there and this reader did not take them yet."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitwright.kernels.dequantize import exact_products
 from bitwright.kernels.layouts import pack_planes, unpack_planes
 from bitwright.kernels.problem import VNNI, Implementation, Problem
-from bitwright.kernels.shared_input import share
+from bitwright.kernels.shared_input import Codes, share
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import InputSplit, SplitTensor
@@ -34,8 +34,8 @@ class SplitInteger(Implementation):
     def __init__(self, problem: Problem, tensor: SplitTensor) -> None:
         assert isinstance(tensor.base, QuantizedTensor), "refuse lets grids through alone"
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
-        self._bits, self._input = tensor.scheme.weight.bits, share(tensor.split)
-        self.split = self._input.split
+        self._bits, self.quantizer = tensor.scheme.weight.bits, share(tensor.split)
+        self.split = self.quantizer.split
         codes = tensor.base.codes.contiguous()
         self._codes = pack_planes(codes.view(torch.uint8) + (1 << (self._bits - 1)), self._bits)
         self._scale = tensor.base.scale.float().t().contiguous()
@@ -61,15 +61,18 @@ class SplitInteger(Implementation):
         return self.linear(x, None)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        N, B, O = self.shape[0], len(self.split.base_idx), len(self.split.outlier_idx)
-        y = x.new_empty(x.shape[0], N)
-        if not x.shape[0]:
+        return self.multiply(self.quantizer.codes(x), bias)
+
+    def multiply(self, q: Codes, bias: Tensor | None = None) -> Tensor:
+        """[M, N] of an input that `quantizer` quantized, in its dtype."""
+        M, N, B, O = q.codes.shape[0], self.shape[0], len(self.split.base_idx), len(self.split.outlier_idx)
+        y = q.outliers.new_empty(M, N)
+        if not M:
             return y
-        quantized = self._input.codes(x)
-        codes, scale, zero = quantized.codes[:, :B].contiguous(), quantized.scale[:, None], quantized.zero[:, None]
-        outliers = quantized.outliers[:, :O].to(torch.float32)
+        codes, scale, zero = q.codes[:, :B].contiguous(), q.scale[:, None], q.zero[:, None]
+        outliers = q.outliers[:, :O].to(torch.float32)
         # As many rows of the weight at a time as keep codes and sums in cache.
-        step = max(_ROWS, min(_CHUNK // B, _SUMS // x.shape[0]) // _ROWS * _ROWS)
+        step = max(_ROWS, min(_CHUNK // B, _SUMS // M) // _ROWS * _ROWS)
         for n in range(0, N, step):
             rows = slice(n, min(n + step, N))
             acc = self._products(codes, self._unpacked(rows))

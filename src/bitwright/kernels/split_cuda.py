@@ -20,7 +20,7 @@ from bitwright.kernels.fragments import ROWS
 from bitwright.kernels.int8_fragments import MAX_COLUMNS, padded
 from bitwright.kernels.int8_ops import FEW_TOKENS, OUTLIER_STEP, int8_linear
 from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Implementation, Problem
-from bitwright.kernels.shared_input import share
+from bitwright.kernels.shared_input import Operands, share
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import UNQUANTIZED_BITS
 from bitwright.split import InputSplit, SplitTensor
@@ -45,6 +45,8 @@ class Quantizer(Protocol):
     """Splits and quantizes an input [M, K]."""
 
     def codes(self, x: Tensor) -> Quantized: ...
+    @property
+    def operands(self) -> Operands: ...
 
 
 class Int8Weight(Implementation):

@@ -1,7 +1,8 @@
 """Operators of split inputs (`bitwright.split`), declared like those of `ops`.
 
 `quantize_activations` is what every packed split linear does first. Its outputs are padded for the kernels that
-multiply them: base columns to a multiple of 128, outliers to a multiple of 16, all of the padding zeros.
+multiply them: base columns to a multiple of 128, outliers to a multiple of 16, all of the padding zeros. The others do
+the same behind what comes before a linear, a norm or an activation function, whose result is not written to memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from bitwright.activations import MAX_ROTATION_BLOCK, quantize_asymmetric, quantize_symmetric, rotate
 from bitwright.errors import SchemeError
@@ -69,12 +71,14 @@ def _cpu_norm_quantize(
     bits: int,
     block: int,
     clip: float,
+    once: bool = False,
 ) -> Quantized:
     _check(x, base_idx, outlier_idx, bits, block)
     _check_norm(x, weight)
     h = x.to(torch.float32)
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
-    return _cpu_quantize(weight * h.to(x.dtype), base_idx, outlier_idx, bits, block, clip)
+    normed = (weight.to(torch.float32) * h).to(x.dtype) if once else weight * h.to(x.dtype)
+    return _cpu_quantize(normed, base_idx, outlier_idx, bits, block, clip)
 
 
 def _cuda_norm_quantize(
@@ -86,15 +90,78 @@ def _cuda_norm_quantize(
     bits: int,
     block: int,
     clip: float,
+    once: bool = False,
 ) -> Quantized:
     run = _kernel()
     if run is None:
-        return _cpu_norm_quantize(x, weight, eps, base_idx, outlier_idx, bits, block, clip)
+        return _cpu_norm_quantize(x, weight, eps, base_idx, outlier_idx, bits, block, clip, once)
     _check(x, base_idx, outlier_idx, bits, block)
     _check_norm(x, weight)
     out = _allocated(x, base_idx, outlier_idx)
     x = x if x.stride(1) == 1 else x.contiguous()
-    run(x, base_idx, outlier_idx, bits, block, clip, out, norm=(weight.contiguous(), eps))
+    run(x, base_idx, outlier_idx, bits, block, clip, out, norm=(weight.contiguous(), eps, once))
+    return out
+
+
+def _cpu_add_norm_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    base_idx: Tensor | None,
+    outlier_idx: Tensor,
+    bits: int,
+    block: int,
+    clip: float,
+    once: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_sum(x, residual)
+    total = (residual.to(torch.float32) + x.to(torch.float32)).to(x.dtype)
+    return *_cpu_norm_quantize(total, weight, eps, base_idx, outlier_idx, bits, block, clip, once), total
+
+
+def _cuda_add_norm_quantize(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    base_idx: Tensor | None,
+    outlier_idx: Tensor,
+    bits: int,
+    block: int,
+    clip: float,
+    once: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = _kernel()
+    if run is None:
+        return _cpu_add_norm_quantize(x, residual, weight, eps, base_idx, outlier_idx, bits, block, clip, once)
+    _check(x, base_idx, outlier_idx, bits, block)
+    _check_sum(x, residual)
+    _check_norm(x, weight)
+    out, total = _allocated(x, base_idx, outlier_idx), _total(x)
+    norm = weight.contiguous(), eps, once, residual.contiguous(), total
+    run(x.contiguous(), base_idx, outlier_idx, bits, block, clip, out, norm=norm)
+    return *out, total
+
+
+def _cpu_silu_quantize(
+    x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, block: int, clip: float
+) -> Quantized:
+    _check(_gates(x), base_idx, outlier_idx, bits, block)
+    gate, up = x.to(torch.float32).chunk(2, dim=1)
+    return _cpu_quantize((silu(gate) * up).to(x.dtype), base_idx, outlier_idx, bits, block, clip)
+
+
+def _cuda_silu_quantize(
+    x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, bits: int, block: int, clip: float
+) -> Quantized:
+    run = _kernel()
+    if run is None:
+        return _cpu_silu_quantize(x, base_idx, outlier_idx, bits, block, clip)
+    _check(_gates(x), base_idx, outlier_idx, bits, block)
+    out = _allocated(_gates(x), base_idx, outlier_idx)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    run(x, base_idx, outlier_idx, bits, block, clip, out, silu=True)
     return out
 
 
@@ -102,6 +169,27 @@ def _fake_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, base_idx: Tensor | None, outlier_idx: Tensor, *rest: object
 ) -> Quantized:
     return _allocated(x, base_idx, outlier_idx)
+
+
+def _fake_add_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, base_idx: Tensor | None, outlier_idx: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *_allocated(x, base_idx, outlier_idx), _total(x)
+
+
+def _fake_silu_quantize(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor, *rest: object) -> Quantized:
+    return _allocated(_gates(x), base_idx, outlier_idx)
+
+
+def _total(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gates(x: Tensor) -> Tensor:
+    """The first half of the columns."""
+    if x.ndim != 2 or x.shape[1] % 2:
+        raise SchemeError(f"gates and what they are multiplied with must be [M, 2 K], not {_text(x)}")
+    return x[:, : x.shape[1] // 2]
 
 
 def _allocated(x: Tensor, base_idx: Tensor | None, outlier_idx: Tensor) -> Quantized:
@@ -146,6 +234,11 @@ def _check_norm(x: Tensor, weight: Tensor) -> None:
         )
 
 
+def _check_sum(x: Tensor, residual: Tensor) -> None:
+    if residual.dtype != x.dtype or residual.shape != x.shape:
+        raise SchemeError(f"what is added must be alike, not {_text(x)} and a residual of {_text(residual)}")
+
+
 def _text(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
@@ -173,13 +266,35 @@ quantize_activations = define(
     _fake_quantize,
 )
 
-# The same of RMSNorm(x): in float32 with `eps`, rounded to the dtype of x, times weight [K] in that dtype. The order of
-# the sum of squares is the implementation's own, so the numbers agree within its rounding, not bit for bit.
+# The same of RMSNorm(x): in float32 with `eps`, rounded to the dtype of x, times weight [K] in that dtype; once: the
+# product too in float32, and rounded after it alone. The order of the sum of squares is the implementation's own, so
+# the numbers agree within its rounding, not bit for bit.
 rms_norm_quantize = define(
     "rms_norm_quantize",
-    "(Tensor x, Tensor weight, float eps, Tensor? base_idx, Tensor outlier_idx, int bits, int block, float clip)"
-    " -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers)",
+    "(Tensor x, Tensor weight, float eps, Tensor? base_idx, Tensor outlier_idx, int bits, int block, float clip,"
+    " bool once=False) -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers)",
     _cpu_norm_quantize,
     _cuda_norm_quantize,
     _fake_norm_quantize,
+)
+
+# The same of RMSNorm(residual + x), both [M, K] in one dtype; the sum, rounded to it, is also returned: total [M, K].
+add_rms_norm_quantize = define(
+    "add_rms_norm_quantize",
+    "(Tensor x, Tensor residual, Tensor weight, float eps, Tensor? base_idx, Tensor outlier_idx, int bits, int block,"
+    " float clip, bool once=False) -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers, Tensor total)",
+    _cpu_add_norm_quantize,
+    _cuda_add_norm_quantize,
+    _fake_add_norm_quantize,
+)
+
+# `quantize_activations` of silu(gate) * up, computed in float32 and rounded once to the dtype of x [M, 2 K], which
+# holds gates first. Implementations agree within the rounding of their exponentials.
+silu_mul_quantize = define(
+    "silu_mul_quantize",
+    "(Tensor x, Tensor? base_idx, Tensor outlier_idx, int bits, int block, float clip)"
+    " -> (Tensor codes, Tensor scale, Tensor zero, Tensor outliers)",
+    _cpu_silu_quantize,
+    _cuda_silu_quantize,
+    _fake_silu_quantize,
 )

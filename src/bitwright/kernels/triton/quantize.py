@@ -16,26 +16,29 @@ butterflies, and what is rounded is rounded once. Three things make it so:
   rounded r). Scales so small or large that something would leave the range of normal floats are divided by instead.
 * *Rounding to integers* adds 1.5 · 2^23: the sum has no room for a fraction, and its low byte is the code.
 
-The launch forbids the compiler to fuse products and sums by itself (`enable_fp_fusion`). An RMSNorm may come first, in
-the same program (`triton.norm`).
+The launch forbids the compiler to fuse products and sums by itself (`enable_fp_fusion`). What comes first may be in the
+same program: an RMSNorm, that of a sum, or silu(gate) · up (`columns`, `norm`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitwright.kernels.triton.fragment import INTERPRET
+from bitwright.kernels.triton.columns import columns_of, load_base, load_columns
 from bitwright.kernels.triton.gemm import machine, on_device
-from bitwright.kernels.triton.norm import inverse_rms, normed, square
+from bitwright.kernels.triton.norm import add_square, inverse_rms, square
 
-SPAN = 512  # columns that a warp takes side by side: 16 a lane, the codes of which are one 16-byte store
+SPAN = 512  # columns of a warp with 16 a lane
 WHOLE = 16384  # columns of a token that stay in registers: 32 a lane of 16 warps
+MOST = 32768  # the same of 32 warps, which have half as many each
 _PART = 8192  # columns at a time of tokens longer than that
+_WARPS = 32  # of a program at most
 _FEW = 4  # tokens per multiprocessor up to which latency counts more than throughput
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -45,30 +48,56 @@ _INF = tl.constexpr(float("inf"))
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """A program takes warps × repeats × SPAN columns at a time; whole: no token is longer than that."""
+    """A program takes `columns` at a time; whole: no token is longer than that.
+
+    lane: columns that a lane takes side by side, 16 or 4, whose codes are one store. Where a warp loads one column of
+    each lane, it meets as many 128-byte lines as those are apart: 8 of bf16 if every lane has 16, 2 if it has 4, and so
+    many times the load passes the L1 cache. Loads of side by side columns are 16 bytes, and 16 a lane are best.
+    repeats: of `lane`.
+    """
 
     warps: int
     repeats: int
     whole: bool
+    lane: int = 16
 
     @property
     def columns(self) -> int:
         """Columns at a time."""
-        return self.warps * self.repeats * SPAN
+        return self.warps * self.repeats * self.lane * 32
 
 
 @lru_cache(maxsize=4096)
-def quantize_config(M: int, columns: int, block: int, processors: int) -> QuantizeConfig:
-    """How M tokens of so many columns (base columns, padded) are quantized; block: of the rotation.
+def quantize_config(
+    M: int, columns: int, block: int, processors: int, gather: bool = False, silu: bool = False
+) -> QuantizeConfig:
+    """How M tokens of so many columns (base columns, padded) are quantized; block: of the rotation; gather: columns
+    are stored in another order than those of the input; silu: each is a product.
 
     Blocks of a rotation stay within a warp. Many tokens: few warps with more to load at once each, so that programs
-    share a multiprocessor. Few tokens: as many warps as there are columns for.
+    share a multiprocessor. Few tokens: as many warps as there are columns for. What takes long to load is kept in
+    registers even where some of them spill.
     """
-    whole = columns <= WHOLE
+    slow = (gather or silu) and not block
+    whole = columns <= (MOST if slow else WHOLE)
     spans = triton.next_power_of_2(triton.cdiv(columns if whole else _PART, SPAN))
-    per_processor = M / processors
-    repeats = max(block // SPAN, 2 if per_processor > _FEW else 1)
-    return QuantizeConfig(max(1, spans // repeats), repeats, whole)
+    repeats = max(block // SPAN, 2 if M / processors > _FEW else 1, spans // _WARPS)
+    lane = 4 if gather and not block else 16
+    return QuantizeConfig(max(1, spans // repeats), repeats * 16 // lane, whole, lane)
+
+
+class Norm(NamedTuple):
+    """An RMSNorm: weight [K] in the dtype of x (None: no norm). once: rounded behind the weight alone, and not before
+    it (`norm.normed`).
+
+    residual, total [M, K]: residual + x is stored in `total`, and its norm is taken; all of them contiguous.
+    """
+
+    weight: Tensor | None
+    eps: float = 0.0
+    once: bool = False
+    residual: Tensor | None = None
+    total: Tensor | None = None
 
 
 def quantize(
@@ -80,85 +109,31 @@ def quantize(
     clip: float,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
     tiles: QuantizeConfig | None = None,
-    norm: tuple[Tensor, float] | None = None,
+    norm: tuple[Any, ...] = (None,),
+    silu: bool = False,
 ) -> None:
     """Fill `out` = (codes, scale, zero, outliers), allocated as `kernels.split_ops` says, from x [M, K].
 
     x: float32, bf16 or fp16, columns side by side, rows any distance apart. base_idx int32 [B] or None, outlier_idx
-    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: (weight [K] in the dtype of x, eps) of an RMSNorm
-    that x goes through first.
+    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: a `Norm` that x goes through first. silu: x
+    is [M, 2 K], gates and what they are multiplied with, and silu(gate) · up is quantized.
     """
     codes, scale, zero, outliers = out
     M, O, device = x.shape[0], outlier_idx.shape[0], x.device
     if M == 0:
         return
-    B = x.shape[1] - O if base_idx is None else base_idx.shape[0]
-    weight, eps = norm or (None, 0.0)
-    c = tiles or quantize_config(M, codes.shape[1], block, machine(device)[1])
+    K = x.shape[1] // 2 if silu else x.shape[1]
+    B = K - O if base_idx is None else base_idx.shape[0]
+    n = Norm(*norm)
+    c = tiles or quantize_config(M, codes.shape[1], block, machine(device)[1], base_idx is not None, silu)
     with on_device(device):
         quantize_kernel[(M,)](
-            x, weight, base_idx, outlier_idx, codes, scale, zero, outliers, x.stride(0), x.shape[1], B, codes.shape[1],
-            O, outliers.shape[1], clip, eps, BITS=bits, BLOCK=block, WIDTH=SPAN, WARPS=c.warps, REPEATS=c.repeats,
-            WHOLE=c.whole, OUTLIERS=min(1024, triton.next_power_of_2(outliers.shape[1])) if O else 0,
+            x, n.residual, n.total, n.weight, base_idx, outlier_idx, codes, scale, zero, outliers, x.stride(0), K, B,
+            codes.shape[1], O, outliers.shape[1], clip, n.eps, SILU=silu, ONCE=n.once, BITS=bits, BLOCK=block,
+            LANE=c.lane, WARPS=c.warps, REPEATS=c.repeats, WHOLE=c.whole,
+            OUTLIERS=min(1024, triton.next_power_of_2(outliers.shape[1])) if O else 0,
             FMA=device.type == "cuda", num_warps=c.warps, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-@triton.jit
-def columns_of(first, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr):
-    """int32 [WIDTH, WARPS, REPEATS]: the columns from `first` on, those of a warp side by side.
-
-    The compiler gives lanes to the first axis and warps to the second, also where addresses are gathered and it has no
-    better reason than their order; then nothing changes its place from load to store, and tests hold it to that.
-    """
-    j = tl.arange(0, WIDTH)[:, None, None]
-    w = tl.arange(0, WARPS)[None, :, None]
-    return first + (w * REPEATS + tl.arange(0, REPEATS)[None, None, :]) * WIDTH + j
-
-
-@triton.jit
-def _butterflies(y, sign, AXIS: tl.constexpr):
-    """y with a, b along AXIS (two long) replaced by a + b, a - b; sign: 1, -1 along AXIS."""
-    if INTERPRET:  # sums of two terms, because it takes minutes for any other reduction
-        result = tl.where(sign > 0, tl.sum(y, AXIS, keep_dims=True), tl.sum(y * sign, AXIS, keep_dims=True))
-    else:
-        bits = y.to(tl.int32, bitcast=True)
-        other = (bits ^ tl.xor_sum(bits, AXIS, keep_dims=True)).to(tl.float32, bitcast=True)
-        result = other + y * sign
-    return result
-
-
-@triton.jit
-def rotated(y, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr):
-    """`activations.rotate` of y, columns as in `columns_of`, over blocks of BLOCK columns."""
-    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
-    for i in tl.static_range(0, 31):
-        if (1 << i) < BLOCK:
-            if (1 << i) < WIDTH:
-                pairs = tl.reshape(y, [WIDTH >> (i + 1), 2, 1 << i, WARPS, REPEATS])
-                pairs = _butterflies(pairs, sign[None, :, None, None, None], 1)
-            else:
-                pairs = tl.reshape(y, [WIDTH, WARPS, (REPEATS * WIDTH) >> (i + 1), 2, (1 << i) // WIDTH])
-                pairs = _butterflies(pairs, sign[None, None, None, :, None], 3)
-            y = tl.reshape(pairs, [WIDTH, WARPS, REPEATS])
-    return y
-
-
-@triton.jit
-def load_base(
-    x, weight, rstd, base_idx, column, B,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr,
-):  # fmt: skip
-    """float32: base columns `column` of a token, normalised, then rotated; 0 from B on."""
-    inside = column < B
-    from_ = column if base_idx is None else tl.load(base_idx + column, mask=inside, other=0)
-    y = tl.load(x + from_, mask=inside, other=0.0)
-    if weight is not None:
-        y = normed(y, rstd, tl.load(weight + from_, mask=inside, other=0.0))
-    y = y.to(tl.float32)
-    if BLOCK > 1:
-        y = rotated(y, BLOCK, WIDTH, WARPS, REPEATS)
-    return y
 
 
 @triton.jit
@@ -221,32 +196,42 @@ def codes_of(y, scale, zero, BITS: tl.constexpr, FMA: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    x, weight, base_idx, outlier_idx, codes, scale, zero, outliers, stride, K, B, Bp, O, Op, clip, eps,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, REPEATS: tl.constexpr,
-    WHOLE: tl.constexpr, OUTLIERS: tl.constexpr, FMA: tl.constexpr,
+    x, residual, total, weight, base_idx, outlier_idx, codes, scale, zero, outliers, stride, K, B, Bp, O, Op, clip, eps,
+    SILU: tl.constexpr, ONCE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    WARPS: tl.constexpr, REPEATS: tl.constexpr, WHOLE: tl.constexpr, OUTLIERS: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     """Grid: tokens."""
     token = tl.program_id(0).to(tl.int64)
-    x += token * stride
-    codes += token * Bp
+    WIDTH: tl.constexpr = LANE * 32
     AT_ONCE: tl.constexpr = REPEATS * WARPS * WIDTH
+    x += token * stride
+    codes = tl.multiple_of(codes + token * Bp, LANE)  # so many bytes a store, so many columns a lane
     rstd = 1.0
     if weight is not None:
-        squares = tl.zeros([WIDTH, WARPS, REPEATS], tl.float32)
+        if residual is not None:
+            residual += token * stride
+            total += token * stride
+        squares = tl.zeros([AT_ONCE], tl.float32)
         for first in range(0, K, AT_ONCE):
-            column = columns_of(first, WIDTH, WARPS, REPEATS)
-            squares += square(x, column, K)
-        rstd = inverse_rms(tl.sum(tl.reshape(squares, [AT_ONCE]), 0), K, eps)
+            column = first + tl.arange(0, AT_ONCE)
+            if residual is not None:
+                squares += add_square(x, residual, total, column, K)
+            else:
+                squares += square(x, column, K)
+        rstd = inverse_rms(tl.sum(squares, 0), K, eps)
+        if residual is not None:
+            tl.debug_barrier()  # other threads of this program read what one has stored
+            x = total
     if WHOLE:
         column = columns_of(0, WIDTH, WARPS, REPEATS)
-        y = load_base(x, weight, rstd, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
+        y = load_base(x, weight, rstd, base_idx, K, column, B, SILU, ONCE, BLOCK, WIDTH, WARPS, REPEATS)
         up, down = _extremes(y, BITS)
     else:
         up = tl.zeros([WIDTH, WARPS, REPEATS], tl.int32)
         down = up
         for first in range(0, Bp, AT_ONCE):
             column = columns_of(first, WIDTH, WARPS, REPEATS)
-            y = load_base(x, weight, rstd, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
+            y = load_base(x, weight, rstd, base_idx, K, column, B, SILU, ONCE, BLOCK, WIDTH, WARPS, REPEATS)
             u, d = _extremes(y, BITS)
             up = tl.maximum(up, u)
             down = tl.maximum(down, d)
@@ -261,7 +246,7 @@ def quantize_kernel(
     else:
         for first in range(0, Bp, AT_ONCE):
             column = columns_of(first, WIDTH, WARPS, REPEATS)
-            y = load_base(x, weight, rstd, base_idx, column, B, BLOCK, WIDTH, WARPS, REPEATS)
+            y = load_base(x, weight, rstd, base_idx, K, column, B, SILU, ONCE, BLOCK, WIDTH, WARPS, REPEATS)
             code = tl.where(column < B, codes_of(y, s, z, BITS, FMA), 0)
             tl.store(codes + column, code, mask=column < Bp)
     if OUTLIERS:
@@ -269,7 +254,5 @@ def quantize_kernel(
         for first in range(0, Op, OUTLIERS):
             o = first + tl.arange(0, OUTLIERS)
             from_ = tl.load(outlier_idx + o, mask=o < O, other=0)
-            kept = tl.load(x + from_, mask=o < O, other=0.0)
-            if weight is not None:
-                kept = normed(kept, rstd, tl.load(weight + from_, mask=o < O, other=0.0))
-            tl.store(outliers + o, kept, mask=o < Op)
+            kept = load_columns(x, weight, rstd, K, from_, o < O, SILU, ONCE)
+            tl.store(outliers + o, kept.to(outliers.dtype.element_ty), mask=o < Op)
