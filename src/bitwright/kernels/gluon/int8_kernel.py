@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from bitwright.kernels.gluon.fragment import join8, word_layout
+from bitwright.kernels.gluon.fragment import join8
 from bitwright.kernels.gluon.tiles import in_bands
 from bitwright.kernels.gluon.write import write
 
@@ -155,11 +155,19 @@ def _consume(use, WG: gl.constexpr, C: gl.constexpr):
         tma.store_wait(0)
 
 
+@gluon.constexpr_function
+def _word_layout(row_blocks):
+    """Registers of one warpgroup for the words [row_blocks, 2 * 128] of a step: a lane holds its four of each block."""
+    register = [[0, 1], [0, 2], [0, 128]] + [[4 << i, 0] for i in range((row_blocks // 4).bit_length() - 1)]
+    lane = [[0, 4 << i] for i in range(5)]
+    return gl.DistributedLinearLayout(register, lane, [[1, 0], [2, 0]], [], [row_blocks, 256])
+
+
 @gluon.jit
 def _from_registers(acc, ws, xs, full, empty, it, steps, WG: gl.constexpr, C: gl.constexpr):
     """acc plus the product over `steps` steps of 4-bit codes; and the number of the step after them."""
     BLOCKS: gl.constexpr = 4 * C.REST
-    WORDS: gl.constexpr = word_layout(4, 0, BLOCKS, 2)
+    WORDS: gl.constexpr = _word_layout(BLOCKS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
     mbarrier.wait(full.index(it % C.NS), (it // C.NS) & 1)
     words = ws.index(it % C.NS).slice(WG * BLOCKS, BLOCKS, 0).load(WORDS)
