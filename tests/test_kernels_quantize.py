@@ -271,7 +271,7 @@ def test_a_sum_is_stored_before_it_is_read(shared: bool) -> None:
     """By a program of several warps: there is a barrier in between, and no read-only cache, which would not know."""
     c = QuantizeConfig(8, 8, True, 4, shared)
     ptx = compiled(c, 4, 0, "bf16", gather=True, before="add").asm["ptx"]
-    stored, gathered = ptx.rindex("st.global.v4"), ptx.index("ld.global.b16")
+    stored, gathered = ptx.rindex("st.global.v2" if shared else "st.global.v4"), ptx.index("ld.global.b16")
     assert stored < ptx.rindex("bar.sync", 0, gathered) and "ld.global.nc" not in ptx
 
 

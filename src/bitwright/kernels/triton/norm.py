@@ -20,11 +20,11 @@ def inverse_rms(total, K, eps):
 
 
 @triton.jit
-def added(x, residual, total, column, K):
-    """residual + x in the dtype of x, at a token's columns; it is also stored in `total`."""
-    h = tl.load(residual + column, mask=column < K, other=0.0)
+def added(x, residual, total, inside):
+    """What `residual` points to, plus x, in the dtype of x; it is also stored in `total`."""
+    h = tl.load(residual, mask=inside, other=0.0)
     h = rounded(h.to(tl.float32) + x.to(tl.float32), x.dtype)
-    tl.store(total + column, h, mask=column < K)
+    tl.store(total, h, mask=inside)
     return h
 
 
