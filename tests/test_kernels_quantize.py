@@ -190,7 +190,14 @@ def test_programs_cover_their_token(block: int) -> None:
 
 
 def compiled(
-    c: QuantizeConfig, bits: int, block: int, dtype: str, gather: bool, before: str = "", once: bool = False
+    c: QuantizeConfig,
+    bits: int,
+    block: int,
+    dtype: str,
+    gather: bool,
+    before: str = "",
+    once: bool = False,
+    aligned: bool = True,
 ) -> Any:
     """What `quantize` compiles for sm_90, for a large aligned input with outliers; before: "norm", "add" or "silu"."""
     names = kernel.quantize_kernel.arg_names
@@ -202,7 +209,14 @@ def compiled(
     types |= {"weight": f"*{dtype}"} if before in ("norm", "add") else {}
     types |= dict.fromkeys(("residual", "total"), f"*{dtype}") if before == "add" else {}
     values = {"BITS": bits, "BLOCK": block, "LANE": c.lane, "WARPS": c.warps, "REPEATS": c.repeats, "WHOLE": c.whole}
-    values |= {"SHARED": c.shared, "OUTLIERS": 256, "FMA": True, "SILU": before == "silu", "ONCE": once}
+    values |= {
+        "SHARED": c.shared,
+        "OUTLIERS": 256,
+        "FMA": True,
+        "SILU": before == "silu",
+        "ONCE": once,
+        "ALIGNED": aligned,
+    }
     source = ASTSource(
         kernel.quantize_kernel,
         {n: types.get(n, "constexpr") for n in names},
@@ -264,6 +278,14 @@ def test_hopper_with_a_norm_in_front(M: int, columns: int, bits: int, before: st
     made = compiled(c, bits, 0, "bf16", gather=True, before=before, once=before == "add")
     check_gather(made, c, 2)
     assert spilled(made.asm["ptx"], tmp_path) == [0, 0]
+
+
+def test_rows_that_begin_anywhere_are_loaded_a_column_at_a_time() -> None:
+    """What is promised to the compiler overrides what it knows: without the promise there must be none."""
+    c = QuantizeConfig(8, 8, True, 4, True)
+    for before in ("", "silu", "add"):
+        ptx = compiled(c, 4, 0, "bf16", gather=True, before=before, aligned=False).asm["ptx"]
+        assert ptx.count("ld.global.b16") >= c.repeats * c.lane * {"": 1, "silu": 2, "add": 3}[before]
 
 
 @pytest.mark.parametrize("shared", [False, True])

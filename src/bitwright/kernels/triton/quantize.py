@@ -134,11 +134,14 @@ def quantize(
     gather, columns = base_idx is not None, codes.shape[1]
     columns = max(columns, K) if gather and not block else columns
     c = tiles or quantize_config(M, columns, block, machine(device)[1], gather, silu, x.element_size())
+    # Promised to the compiler, which believes it: rows begin where as many columns as a lane has are aligned.
+    aligned = K % c.lane == 0 and x.stride(0) % c.lane == 0
+    aligned = aligned and all(t is None or t.data_ptr() % 16 == 0 for t in (x, n.weight, n.residual, n.total))
     with on_device(device):
         quantize_kernel[(M,)](
             x, n.residual, n.total, n.weight, base_idx, outlier_idx, codes, scale, zero, outliers, x.stride(0), K, B,
             codes.shape[1], O, outliers.shape[1], clip, n.eps, SILU=silu, ONCE=n.once, BITS=bits, BLOCK=block,
-            LANE=c.lane, WARPS=c.warps, REPEATS=c.repeats, WHOLE=c.whole, SHARED=c.shared,
+            LANE=c.lane, WARPS=c.warps, REPEATS=c.repeats, WHOLE=c.whole, SHARED=c.shared, ALIGNED=aligned,
             OUTLIERS=min(1024, triton.next_power_of_2(outliers.shape[1])) if O else 0,
             FMA=device.type == "cuda", num_warps=c.warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -207,7 +210,7 @@ def quantize_kernel(
     x, residual, total, weight, base_idx, outlier_idx, codes, scale, zero, outliers, stride, K, B, Bp, O, Op, clip, eps,
     SILU: tl.constexpr, ONCE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
     WARPS: tl.constexpr, REPEATS: tl.constexpr, WHOLE: tl.constexpr, SHARED: tl.constexpr,
-    OUTLIERS: tl.constexpr, FMA: tl.constexpr,
+    ALIGNED: tl.constexpr, OUTLIERS: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     """Grid: tokens."""
     token = tl.program_id(0).to(tl.int64)
@@ -221,7 +224,8 @@ def quantize_kernel(
         total += token * stride
     if SHARED:
         # A lane loads LANE columns side by side and not as many as 16 bytes hold, so that all lies as the codes do.
-        BYTES: tl.constexpr = LANE * x.dtype.element_ty.primitive_bitwidth // 8
+        SIZE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+        BYTES: tl.constexpr = LANE * SIZE if ALIGNED else SIZE
         column = tl.arange(0, AT_ONCE)
         row = tl.load(tl.multiple_of(x + column, BYTES), mask=column < K, other=0.0)
         if SILU:
