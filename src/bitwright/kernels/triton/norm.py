@@ -1,4 +1,4 @@
-"""RMSNorm as device code, in front of a kernel that reads its result once.
+"""RMSNorm and the sum before it as device code, in front of a kernel that reads the result once.
 
 It rounds where transformers' LlamaRMSNorm does: float32 up to x / rms, rounded to the dtype of x, then times the weight
 in that dtype. The sum of squares has an order of its own here, so results agree within the rounding of that sum, not
