@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from interpreter import report  # first of all: it asks for the interpreter
@@ -90,14 +91,21 @@ def all_checks() -> dict[str, Callable[[], None]]:
         for lane in (4, 16):
             tiles = QuantizeConfig(2, 64 // lane, whole=True, lane=lane)
             checks[f"lane {lane} {case}"] = partial(cases.check, partial(run, tiles=tiles), case)
+        tiles = QuantizeConfig(4, 8, whole=True, lane=4, shared=True)
+        checks[f"shared {case}"] = partial(cases.check, partial(run, tiles=tiles), case)
     checks["empty"] = partial(cases.check, run, Case(4, 96, 8, M=0))
     for dtype in cases.DTYPES:
         case = Case(4, 600, 40, 8, "shuffled", 0.9, dtype, M=3)
         checks[f"norm {case}"] = partial(check_norm, case)
+        tiles = QuantizeConfig(1, 8, whole=True, lane=4, shared=True)
+        checks[f"norm {replace(case, block=0)} shared"] = partial(check_norm, replace(case, block=0), tiles)
         checks[f"norm {case} in parts"] = partial(check_norm, case, QuantizeConfig(1, 1, whole=False))
     for order, dtype in ((o, d) for o in cases.ORDERS for d in cases.DTYPES):
         case = Case(8 if order == "first" else 4, 600, 40, 8 if order == "shuffled" else 0, order, dtype=dtype)
         checks[f"silu {case}"] = partial(check_silu, case)
+        if order != "first":
+            tiles = QuantizeConfig(1, 8, whole=True, lane=4, shared=True)
+            checks[f"silu {replace(case, block=0)} shared"] = partial(check_silu, replace(case, block=0), tiles)
         checks[f"silu {case} in parts"] = partial(check_silu, case, QuantizeConfig(2, 2, whole=False, lane=4))
     for case in (Case(8, 512, block=512, M=2), Case(4, 1024, 3, 1024, "shuffled", M=1)):
         checks[f"shuffle {case}"] = partial(check_shuffles, case)

@@ -154,7 +154,17 @@ def test_refusals_say_why(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "least"),
-    [("matrix", 72), ("shape", 20), ("part", 4), ("empty", 1), ("norm", 6), ("shuffle", 2), ("lane", 24), ("silu", 18)],
+    {
+        "matrix": 72,
+        "shape": 20,
+        "part": 4,
+        "lane": 24,
+        "shared": 12,
+        "empty": 1,
+        "norm": 9,
+        "silu": 24,
+        "shuffle": 2,
+    }.items(),
 )
 def test_in_the_interpreter(kind: str, least: int) -> None:
     assert_checks("quantize_interpreter", kind, least)
@@ -172,13 +182,22 @@ def test_programs_cover_their_token(block: int) -> None:
                 assert 1 <= c.warps <= 32 and c.warps & (c.warps - 1) == 0 and c.repeats & (c.repeats - 1) == 0
                 assert c.repeats * c.lane * 32 % max(block, 1) == 0, "a block lies in two warps"
                 assert c.lane == (4 if gather and not block else 16), "columns of a lane lie apart"
+                assert c.shared == (gather and not block and columns <= MOST)
+                assert not quantize_config(M, columns, block, PROCESSORS, gather, silu, 4).shared or columns <= WHOLE
                 assert c.whole == (columns <= (MOST if (gather or silu) and not block else WHOLE))
                 assert not c.whole or c.columns >= columns
                 assert c.repeats * c.lane <= 32, "more columns a lane than have registers"
 
 
 def compiled(
-    c: QuantizeConfig, bits: int, block: int, dtype: str, gather: bool, before: str = "", once: bool = False
+    c: QuantizeConfig,
+    bits: int,
+    block: int,
+    dtype: str,
+    gather: bool,
+    before: str = "",
+    once: bool = False,
+    aligned: bool = True,
 ) -> Any:
     """What `quantize` compiles for sm_90, for a large aligned input with outliers; before: "norm", "add" or "silu"."""
     names = kernel.quantize_kernel.arg_names
@@ -190,7 +209,14 @@ def compiled(
     types |= {"weight": f"*{dtype}"} if before in ("norm", "add") else {}
     types |= dict.fromkeys(("residual", "total"), f"*{dtype}") if before == "add" else {}
     values = {"BITS": bits, "BLOCK": block, "LANE": c.lane, "WARPS": c.warps, "REPEATS": c.repeats, "WHOLE": c.whole}
-    values |= {"OUTLIERS": 256, "FMA": True, "SILU": before == "silu", "ONCE": once}
+    values |= {
+        "SHARED": c.shared,
+        "OUTLIERS": 256,
+        "FMA": True,
+        "SILU": before == "silu",
+        "ONCE": once,
+        "ALIGNED": aligned,
+    }
     source = ASTSource(
         kernel.quantize_kernel,
         {n: types.get(n, "constexpr") for n in names},
@@ -225,10 +251,13 @@ def test_hopper_keeps_a_token_in_registers(
     c = quantize_config(M, columns, block, PROCESSORS, gather)
     made = compiled(c, bits, block, dtype, gather)
     ptx = made.asm["ptx"]
-    assert made.metadata.shared <= 4 * 32 * 2, "values travel through shared memory"
-    assert ptx.count("st.shared") <= 4 and ptx.count("bar.sync") <= 6
-    # The codes of a lane are one store; 16-byte loads of the input, or of the indices where it is gathered.
     held = c.repeats * c.lane
+    if c.shared:
+        check_gather(made, c, 2)
+    else:
+        assert made.metadata.shared <= 4 * 32 * 2, "values travel through shared memory"
+        assert ptx.count("st.shared") <= 4 and ptx.count("bar.sync") <= 6
+    # The codes of a lane are one store; 16-byte loads of the input, or of the indices where it is gathered.
     assert len(re.findall(rf"st\.global\.{'v4.' if c.lane == 16 else ''}b32", ptx)) >= c.repeats
     assert "st.global.b8" not in ptx and ("st.global.v4" in ptx) == (c.lane == 16)
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= held // 8
@@ -247,15 +276,25 @@ def test_hopper_keeps_a_token_in_registers(
 def test_hopper_with_a_norm_in_front(M: int, columns: int, bits: int, before: str, tmp_path: Path) -> None:
     c = quantize_config(M, columns, 0, PROCESSORS, gather=True)
     made = compiled(c, bits, 0, "bf16", gather=True, before=before, once=before == "add")
-    ptx = made.asm["ptx"]
-    assert made.metadata.shared <= 4 * 32 * 2
-    assert spilled(ptx, tmp_path) == [0, 0]
-    if before == "add":
-        # Sums are stored before a barrier and gathered behind it, not by way of the read-only cache.
-        stored = ptx.index("st.global.v4")
-        gathers = [m.start() for m in re.finditer(r"ld\.global\.b16", ptx)]
-        assert len(gathers) > 32 and "ld.global.nc" not in ptx
-        assert stored < ptx.rindex("bar.sync", 0, gathers[0]) < gathers[0]
+    check_gather(made, c, 2)
+    assert spilled(made.asm["ptx"], tmp_path) == [0, 0]
+
+
+def test_rows_that_begin_anywhere_are_loaded_a_column_at_a_time() -> None:
+    """What is promised to the compiler overrides what it knows: without the promise there must be none."""
+    c = QuantizeConfig(8, 8, True, 4, True)
+    for before in ("", "silu", "add"):
+        ptx = compiled(c, 4, 0, "bf16", gather=True, before=before, aligned=False).asm["ptx"]
+        assert ptx.count("ld.global.b16") >= c.repeats * c.lane * {"": 1, "silu": 2, "add": 3}[before]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_sum_is_stored_before_it_is_read(shared: bool) -> None:
+    """By a program of several warps: there is a barrier in between, and no read-only cache, which would not know."""
+    c = QuantizeConfig(8, 8, True, 4, shared)
+    ptx = compiled(c, 4, 0, "bf16", gather=True, before="add").asm["ptx"]
+    stored, gathered = ptx.rindex("st.global.v2" if shared else "st.global.v4"), ptx.index("ld.global.b16")
+    assert stored < ptx.rindex("bar.sync", 0, gathered) and "ld.global.nc" not in ptx
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["first", "gather"])
@@ -264,11 +303,22 @@ def test_hopper_with_a_gate_in_front(M: int, columns: int, dtype: str, most: int
     """Products stay in registers, spilling few; a gate takes one exponential and one reciprocal, nothing else dear."""
     c = quantize_config(M, columns, 0, PROCESSORS, gather, silu=True)
     assert c.whole
-    ptx = compiled(c, 8, 0, dtype, gather, "silu").asm["ptx"]
+    made = compiled(c, 8, 0, dtype, gather, "silu")
+    ptx = made.asm["ptx"]
+    if gather:
+        check_gather(made, c, 2)
     assert max(spilled(ptx, tmp_path)) <= most
     values = c.repeats * c.lane + -(-256 // (c.warps * 32))  # outliers too
     assert values <= ptx.count("ex2.approx.ftz") == ptx.count("rcp.approx.ftz") <= values + 8
     assert "div.full" not in ptx and "ex2.approx.f32" not in ptx
+
+
+def check_gather(made: Any, c: QuantizeConfig, itemsize: int) -> None:
+    """A token goes through shared memory once, in wide stores, and no base column is loaded alone."""
+    ptx, held = made.asm["ptx"], c.repeats * c.lane
+    assert made.metadata.shared == c.columns * itemsize
+    assert ptx.count("ld.shared.b16") == held
+    assert ptx.count("ld.global.b16") <= 3 * -(-256 // (c.warps * 32)), "outliers, their other factors and weights"
 
 
 def spilled(ptx: str, folder: Path) -> list[int]:

@@ -6,7 +6,7 @@ that Triton serves, for every bit width, symmetric or not, groups of any multipl
 
 `int8` multiplies quantized activations on int8 tensor cores, with weights of 4 bits (`kernels.int8_fragments`) and 8;
 `int8_config` chooses its tiles.
-`quantize` turns activations into integer codes, `norm` is what may come before that in the same launch.
+`quantize` turns activations into integer codes, `columns` and `norm` are what may come before that in the same launch.
 
 Importing this package imports nothing; its modules import Triton.
 """

@@ -1,4 +1,4 @@
-"""RMSNorm as device code, in front of a kernel that reads its result once.
+"""RMSNorm and the sum before it as device code, in front of a kernel that reads the result once.
 
 It rounds where transformers' LlamaRMSNorm does: float32 up to x / rms, rounded to the dtype of x, then times the weight
 in that dtype. The sum of squares has an order of its own here, so results agree within the rounding of that sum, not
@@ -14,28 +14,18 @@ from bitwright.kernels.triton.fragment import INTERPRET, rounded
 
 
 @triton.jit
-def square(x, column, K):
-    """float32: squares of a token's columns, 0 from K on."""
-    v = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
-    return v * v
-
-
-@triton.jit
 def inverse_rms(total, K, eps):
     """1 / sqrt(mean + eps) of the sum of K squares."""
     return tl.rsqrt(total / K + eps)
 
 
 @triton.jit
-def add_square(x, residual, total, column, K):
-    """The same of residual + x, which is rounded to their dtype first and stored in `total`."""
-    inside = column < K
-    a = tl.load(residual + column, mask=inside, other=0.0)
-    b = tl.load(x + column, mask=inside, other=0.0)
-    h = rounded(a.to(tl.float32) + b.to(tl.float32), a.dtype)
-    tl.store(total + column, h, mask=inside)
-    v = h.to(tl.float32)
-    return v * v
+def added(x, residual, total, inside):
+    """What `residual` points to, plus x, in the dtype of x; it is also stored in `total`."""
+    h = tl.load(residual, mask=inside, other=0.0)
+    h = rounded(h.to(tl.float32) + x.to(tl.float32), x.dtype)
+    tl.store(total, h, mask=inside)
+    return h
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Activations become integer codes and 16-bit outliers (`bitwright.activations`), in one kernel and one pass.
 
-One program per token. It gathers the base columns in their stored order, rotates them, takes the largest and smallest
-value, and writes codes, scale and zero point; outliers are copied as they are. Nothing but the two extremes crosses the
-borders of a warp, so a token of up to `WHOLE` columns is read once and stays in registers. A longer one is read twice,
-the second time from L2.
+One program per token. It gathers the base columns in their stored order, by way of shared memory where that has room,
+rotates them, takes the largest and smallest value, and writes codes, scale and zero point; outliers are copied as they
+are. Otherwise nothing but the two extremes crosses the borders of a warp, so a token of up to `WHOLE` columns (`MOST`
+where loading it is slow) is read once and stays in registers. A longer one is read twice, the second time from L2.
 
 Every bit is that of `bitwright.activations`: extremes do not depend on an order, sums of a rotation are those of its
 butterflies, and what is rounded is rounded once. Three things make it so:
@@ -30,15 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitwright.kernels.triton.columns import columns_of, load_base, load_columns
+from bitwright.kernels.triton.columns import columns_of, gated, load_base, load_columns
 from bitwright.kernels.triton.gemm import machine, on_device
-from bitwright.kernels.triton.norm import add_square, inverse_rms, square
+from bitwright.kernels.triton.norm import added, inverse_rms, normed
 
 SPAN = 512  # columns of a warp with 16 a lane
 WHOLE = 16384  # columns of a token that stay in registers: 32 a lane of 16 warps
 MOST = 32768  # the same of 32 warps, which have half as many each
 _PART = 8192  # columns at a time of tokens longer than that
 _WARPS = 32  # of a program at most
+_SHARED = 1 << 16  # bytes of shared memory that a token may take
 _FEW = 4  # tokens per multiprocessor up to which latency counts more than throughput
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -50,16 +51,18 @@ _INF = tl.constexpr(float("inf"))
 class QuantizeConfig:
     """A program takes `columns` at a time; whole: no token is longer than that.
 
-    lane: columns that a lane takes side by side, 16 or 4, whose codes are one store. Where a warp loads one column of
-    each lane, it meets as many 128-byte lines as those are apart: 8 of bf16 if every lane has 16, 2 if it has 4, and so
-    many times the load passes the L1 cache. Loads of side by side columns are 16 bytes, and 16 a lane are best.
-    repeats: of `lane`.
+    lane: columns that a lane takes side by side, 16 or 4, whose codes are one store. A load of one gathered column by
+    each lane of a warp touches as many lines of 128 bytes as the lanes' columns spread over: 8 of bf16 if every lane
+    has 16 columns, 2 if it has 4, and passes the cache as often. Columns in the order of the input are loaded 16 bytes
+    at a time, and 16 are best. repeats: of `lane`. shared: a whole token, outliers too, is loaded in its order, and
+    gathered from shared memory.
     """
 
     warps: int
     repeats: int
     whole: bool
     lane: int = 16
+    shared: bool = False
 
     @property
     def columns(self) -> int:
@@ -69,21 +72,24 @@ class QuantizeConfig:
 
 @lru_cache(maxsize=4096)
 def quantize_config(
-    M: int, columns: int, block: int, processors: int, gather: bool = False, silu: bool = False
+    M: int, columns: int, block: int, processors: int, gather: bool = False, silu: bool = False, itemsize: int = 2
 ) -> QuantizeConfig:
-    """How M tokens of so many columns (base columns, padded) are quantized; block: of the rotation; gather: columns
-    are stored in another order than those of the input; silu: each is a product.
+    """How M tokens of so many columns are quantized: base columns, padded; all columns where `gather`, without a
+    rotation. block: of the rotation; gather: columns are stored in another order than those of the input; silu: each is
+    a product; itemsize: bytes of one.
 
     Blocks of a rotation stay within a warp. Many tokens: few warps with more to load at once each, so that programs
     share a multiprocessor. Few tokens: as many warps as there are columns for. What takes long to load is kept in
     registers even where some of them spill.
     """
-    slow = (gather or silu) and not block
-    whole = columns <= (MOST if slow else WHOLE)
+    apart = gather and not block
+    whole = columns <= (MOST if (gather or silu) and not block else WHOLE)
     spans = triton.next_power_of_2(triton.cdiv(columns if whole else _PART, SPAN))
-    repeats = max(block // SPAN, 2 if M / processors > _FEW else 1, spans // _WARPS)
-    lane = 4 if gather and not block else 16
-    return QuantizeConfig(max(1, spans // repeats), repeats * 16 // lane, whole, lane)
+    shared = apart and whole and spans * SPAN * itemsize <= _SHARED
+    few = shared or M / processors <= _FEW
+    repeats = max(block // SPAN, 1 if few else 2, spans // _WARPS)
+    lane = 4 if apart else 16
+    return QuantizeConfig(max(1, spans // repeats), repeats * 16 // lane, whole, lane, shared)
 
 
 class Norm(NamedTuple):
@@ -125,12 +131,17 @@ def quantize(
     K = x.shape[1] // 2 if silu else x.shape[1]
     B = K - O if base_idx is None else base_idx.shape[0]
     n = Norm(*norm)
-    c = tiles or quantize_config(M, codes.shape[1], block, machine(device)[1], base_idx is not None, silu)
+    gather, columns = base_idx is not None, codes.shape[1]
+    columns = max(columns, K) if gather and not block else columns
+    c = tiles or quantize_config(M, columns, block, machine(device)[1], gather, silu, x.element_size())
+    # Promised to the compiler, which believes it: rows begin where as many columns as a lane has are aligned.
+    aligned = K % c.lane == 0 and x.stride(0) % c.lane == 0
+    aligned = aligned and all(t is None or t.data_ptr() % 16 == 0 for t in (x, n.weight, n.residual, n.total))
     with on_device(device):
         quantize_kernel[(M,)](
             x, n.residual, n.total, n.weight, base_idx, outlier_idx, codes, scale, zero, outliers, x.stride(0), K, B,
             codes.shape[1], O, outliers.shape[1], clip, n.eps, SILU=silu, ONCE=n.once, BITS=bits, BLOCK=block,
-            LANE=c.lane, WARPS=c.warps, REPEATS=c.repeats, WHOLE=c.whole,
+            LANE=c.lane, WARPS=c.warps, REPEATS=c.repeats, WHOLE=c.whole, SHARED=c.shared, ALIGNED=aligned,
             OUTLIERS=min(1024, triton.next_power_of_2(outliers.shape[1])) if O else 0,
             FMA=device.type == "cuda", num_warps=c.warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -198,7 +209,8 @@ def codes_of(y, scale, zero, BITS: tl.constexpr, FMA: tl.constexpr):
 def quantize_kernel(
     x, residual, total, weight, base_idx, outlier_idx, codes, scale, zero, outliers, stride, K, B, Bp, O, Op, clip, eps,
     SILU: tl.constexpr, ONCE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-    WARPS: tl.constexpr, REPEATS: tl.constexpr, WHOLE: tl.constexpr, OUTLIERS: tl.constexpr, FMA: tl.constexpr,
+    WARPS: tl.constexpr, REPEATS: tl.constexpr, WHOLE: tl.constexpr, SHARED: tl.constexpr,
+    ALIGNED: tl.constexpr, OUTLIERS: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     """Grid: tokens."""
     token = tl.program_id(0).to(tl.int64)
@@ -207,22 +219,45 @@ def quantize_kernel(
     x += token * stride
     codes = tl.multiple_of(codes + token * Bp, LANE)  # so many bytes a store, so many columns a lane
     rstd = 1.0
-    if weight is not None:
-        if residual is not None:
-            residual += token * stride
-            total += token * stride
+    if residual is not None:
+        residual += token * stride
+        total += token * stride
+    if SHARED:
+        # A lane loads LANE columns side by side and not as many as 16 bytes hold, so that all lies as the codes do.
+        SIZE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+        BYTES: tl.constexpr = LANE * SIZE if ALIGNED else SIZE
+        column = tl.arange(0, AT_ONCE)
+        row = tl.load(tl.multiple_of(x + column, BYTES), mask=column < K, other=0.0)
+        if SILU:
+            up = tl.load(tl.multiple_of(x + K + column, BYTES), mask=column < K, other=0.0)
+            row = gated(row, up).to(row.dtype)
+        if weight is not None:
+            if residual is not None:
+                row = added(
+                    row, tl.multiple_of(residual + column, BYTES), tl.multiple_of(total + column, BYTES), column < K
+                )
+            wide = row.to(tl.float32)
+            rstd = inverse_rms(tl.sum(wide * wide, 0), K, eps)
+            gain = tl.load(tl.multiple_of(weight + column, BYTES), mask=column < K, other=0.0)
+            row = normed(row, rstd, gain, ONCE).to(row.dtype)
+    elif weight is not None:
         squares = tl.zeros([AT_ONCE], tl.float32)
         for first in range(0, K, AT_ONCE):
             column = first + tl.arange(0, AT_ONCE)
+            h = tl.load(x + column, mask=column < K, other=0.0)
             if residual is not None:
-                squares += add_square(x, residual, total, column, K)
-            else:
-                squares += square(x, column, K)
+                h = added(h, residual + column, total + column, column < K)
+            wide = h.to(tl.float32)
+            squares += wide * wide
         rstd = inverse_rms(tl.sum(squares, 0), K, eps)
-        if residual is not None:
-            tl.debug_barrier()  # other threads of this program read what one has stored
-            x = total
-    if WHOLE:
+    if residual is not None:
+        tl.debug_barrier()  # other threads of this program read what one has stored
+        x = total
+    if SHARED:
+        stored = tl.load(base_idx + column, mask=column < B, other=0)
+        y = tl.where(column < B, tl.gather(row, stored, 0), 0.0).to(tl.float32)
+        up, down = _extremes(y, BITS)
+    elif WHOLE:
         column = columns_of(0, WIDTH, WARPS, REPEATS)
         y = load_base(x, weight, rstd, base_idx, K, column, B, SILU, ONCE, BLOCK, WIDTH, WARPS, REPEATS)
         up, down = _extremes(y, BITS)
