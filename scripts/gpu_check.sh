@@ -18,7 +18,7 @@ cd "$repo" || exit 1
 out="${OUT:-benchmarks}"
 records="$out/gpu.jsonl"
 python="${PYTHON:-python3}"
-parts=" ${PARTS:-tests sanitizer kernels bits quik experts memory decode opt throughput throughput-3 prefill mixtral blocks} "
+parts=" ${PARTS:-tests sanitizer kernels quik blocks decode prefill mixtral bits experts throughput opt throughput-3 memory} "
 mkdir -p "$out" || exit 1
 spare="$(mktemp -d)" || exit 1
 trap 'rm -rf "$spare"' EXIT
@@ -45,22 +45,22 @@ sanitizer_limit=25
 # Name, seconds, and arguments of `bitwright bench`.
 benchmarks=(
     "kernels 40 kernels --tokens 1,16,32,64,128,256,512,2048,8192 --scheme w4a16-g128 --peer dense --peer tinygemm"
+    "quik 45 kernels --shape 12288x4096 --shape 22016x4096 --shape 10240x8192 --shape 57344x8192 --tokens 1,2048,8192
+        --scheme w4a4-o256 --scheme w8a8 --scheme w4a4-o256-24 --scheme w8a8-24 --peer dense"
+    "blocks 30 prefill --model llama-2-70b --model llama-2-7b --layers 2 --prompt 1x2048
+        --scheme w4a4-o256 --scheme w4a4-o256-24"
+    "decode 40 decode --model llama-2-7b --model llama-2-70b --model mixtral-8x7b --batch 1,4,16"
+    "prefill 20 prefill --model llama-2-7b --prompt 1x512 --prompt 1x2048"
+    "mixtral 15 prefill --model mixtral-8x7b --layers 2 --prompt 1x512 --prompt 1x2048"
     "bits 26 kernels --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,2048 --scheme w2a16-g128
         --scheme w3a16-g128 --scheme w8a16-g128 --scheme w4a16-g32 --scheme w4a16-g64 --scheme w4a16-g128-asym
         --peer dense"
-    "quik 45 kernels --shape 12288x4096 --shape 22016x4096 --shape 10240x8192 --shape 57344x8192 --tokens 1,2048,8192
-        --scheme w4a4-o256 --scheme w8a8 --scheme w4a4-o256-24 --scheme w8a8-24 --peer dense"
     "experts 20 kernels --shape 28672x4096 --shape 4096x14336 --experts 8 --top-k 2 --tokens 1,16,64,512"
+    "throughput 22 throughput --model opt-66b --context 2048 --largest 64"
+    "opt 22 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
+    "throughput-3 18 throughput --model opt-175b --scheme w3a16-g128 --context 512 --largest 64"
     "memory 12 memory --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b
         --scheme 16-bit --scheme w4a16-g128 --scheme w3a16-g128 --scheme w2a16-g128"
-    "decode 40 decode --model llama-2-7b --model llama-2-70b --model mixtral-8x7b --batch 1,4,16"
-    "opt 22 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
-    "throughput 22 throughput --model opt-66b --context 2048 --largest 64"
-    "throughput-3 18 throughput --model opt-175b --scheme w3a16-g128 --context 512 --largest 64"
-    "prefill 20 prefill --model llama-2-7b --prompt 1x512 --prompt 1x2048"
-    "mixtral 15 prefill --model mixtral-8x7b --layers 2 --prompt 1x512 --prompt 1x2048"
-    "blocks 30 prefill --model llama-2-70b --model llama-2-7b --layers 2 --prompt 1x2048
-        --scheme w4a4-o256 --scheme w4a4-o256-24"
     "peers 500 kernels --shape 4096x4096 --shape 22016x4096 --shape 8192x8192 --tokens 1,16,64,256,2048"
 )
 

@@ -171,7 +171,7 @@ def test_gpu_check_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     done, commands = gpu_check(tmp_path)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "gpu_check: failed: decode (3)"
-    assert commands[-1][3] == "prefill"
+    assert commands[-1][3] == "memory"
     tested = {c[-1] for c in commands if c[1] == "pytest"}
     assert tested == {f"tests/gpu/{path.name}" for path in (SCRIPT.parent.parent / "tests" / "gpu").glob("test_*.py")}
     written = [c[c.index("--records") + 1] for c in commands if "--records" in c]
