@@ -2,8 +2,8 @@
 
 One program per token. It gathers the base columns in their stored order, by way of shared memory where that has room,
 rotates them, takes the largest and smallest value, and writes codes, scale and zero point; outliers are copied as they
-are. Otherwise nothing but the two extremes crosses the borders of a warp, so a token of up to `WHOLE` columns (`MOST`
-where loading it is slow) is read once and stays in registers. A longer one is read twice, the second time from L2.
+are. Otherwise nothing but the two extremes crosses the borders of a warp, so a token of up to `WHOLE` columns is read
+once and stays in registers. A longer one is read twice, the second time from L2.
 
 Every bit is that of `bitwright.activations`: extremes do not depend on an order, sums of a rotation are those of its
 butterflies, and what is rounded is rounded once. Three things make it so:
@@ -36,7 +36,6 @@ from bitwright.kernels.triton.norm import added, inverse_rms, normed
 
 SPAN = 512  # columns of a warp with 16 a lane
 WHOLE = 16384  # columns of a token that stay in registers: 32 a lane of 16 warps
-MOST = 32768  # the same of 32 warps, which have half as many each
 _PART = 8192  # columns at a time of tokens longer than that
 _WARPS = 32  # of a program at most
 _SHARED = 1 << 16  # bytes of shared memory that a token may take
@@ -79,14 +78,14 @@ def quantize_config(
     a product; itemsize: bytes of one.
 
     Blocks of a rotation stay within a warp. Many tokens: few warps with more to load at once each, so that programs
-    share a multiprocessor. Few tokens: as many warps as there are columns for. What takes long to load is kept in
-    registers even where some of them spill.
+    share a multiprocessor. Few tokens: as many warps as there are columns for. Long tokens are loaded twice, which was
+    faster than any way to keep them (dev/LOG.md).
     """
     apart = gather and not block
-    whole = columns <= (MOST if (gather or silu) and not block else WHOLE)
+    whole = columns <= WHOLE
     spans = triton.next_power_of_2(triton.cdiv(columns if whole else _PART, SPAN))
     shared = apart and whole and spans * SPAN * itemsize <= _SHARED
-    few = shared or M / processors <= _FEW
+    few = M / processors <= _FEW or (silu and not whole)  # two loads a column are enough at once
     repeats = max(block // SPAN, 1 if few else 2, spans // _WARPS)
     lane = 4 if apart else 16
     return QuantizeConfig(max(1, spans // repeats), repeats * 16 // lane, whole, lane, shared)
