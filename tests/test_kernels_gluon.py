@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bitwright.kernels import fragments
 from bitwright.kernels.gluon.asm import dequantize_asm
-from bitwright.kernels.gluon.config import Config, choose, choose_experts, divide, tail
+from bitwright.kernels.gluon.config import Config, choose, choose_experts, divide
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WeightScheme
 
@@ -91,18 +91,6 @@ def test_many_tokens_leave_few_programs_idle(M: int, N: int, K: int) -> None:
     assert longest <= tiles * nk / PROCESSORS + nk / 2
     last = [k1 - k0 for mine in pieces(tiles, nk, d.programs, d.whole, d.per) for t, k0, k1 in mine if t >= d.whole]
     assert not last or (max(last) == d.per < nk and len(last) <= PROCESSORS)
-
-
-@settings(max_examples=100, deadline=None)
-@given(M=st.integers(1, 3000), N=st.integers(1, 60000), K=st.integers(64, 30000), bits=st.sampled_from([2, 3, 4, 8]))
-def test_a_tail_is_few_tokens_and_saves_a_tile(M: int, N: int, K: int, bits: int) -> None:
-    rest = tail(M, N, K, bits, PROCESSORS)
-    assert rest in (0, M % 128) and rest <= 64
-    if rest:
-        whole, less = (choose(m, N, K, bits, K, torch.bfloat16, False, False, PROCESSORS) for m in (M, M - rest))
-        steps = [-(-K // c.BK) * c.BK * c.BM * c.BN for c in (whole, less)]
-        tiles = [-(-m // c.BM) * -(-N // c.BN) for m, c in ((M, whole), (M - rest, less))]
-        assert tiles[1] * steps[1] < tiles[0] * steps[0]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -252,6 +252,6 @@ def _moved(value):
         return value.cuda()
     if isinstance(value, tuple):
         return tuple(_moved(v) for v in value)
-    if hasattr(value, "__dataclass_fields__") and type(value).__module__.endswith(("model", "linears")):
+    if hasattr(value, "__dataclass_fields__") and type(value).__module__.endswith(("model", "mlp", "linears")):
         return replace(value, **{f: _moved(getattr(value, f)) for f in value.__dataclass_fields__})
     return value

@@ -117,7 +117,7 @@ def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
     programs = processors * config.PER
     if not config.FEW:
         rounds, rest = divmod(tiles, programs)
-        per = -(-nk // _cuts(rest, nk * config.BK, programs))
+        per = -(-nk // _cuts(rest, nk * config.BK, programs, config.BM * config.BN))
         if per == nk:
             return Division(min(programs, tiles), tiles, 1, 0, 0)
         used = programs if rounds else -(-rest * nk // per)
@@ -130,17 +130,17 @@ def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
     return Division(programs, whole, -(-units // programs), *_workspace(config, programs, tiles - whole))
 
 
-def _cuts(rest: int, K: int, programs: int) -> int:
-    """Pieces of each of the `rest` last tiles: more of them are shorter, but whoever is last has more to add up."""
-    return max(1, min(programs // max(rest, 1), isqrt(K // _PIECE_COLUMNS)))
+def _cuts(rest: int, K: int, programs: int, numbers: int) -> int:
+    """Pieces of each of the `rest` last tiles of so many numbers: more are shorter, but the last has more to add up."""
+    return max(1, min(programs // max(rest, 1), isqrt(K * _PIECE_NUMBERS // numbers)))
 
 
 def _rounds(M: int, N: int, K: int, tiles: Mapping[str, Any], processors: int) -> float:
     """Time of a product of many tokens in columns of a tile of `_WIDE`, by measurements on one H100 (dev/LOG.md)."""
     BM, BN = tiles["BM"], 64 * tiles["REST"] * tiles["NWG"]
     rounds, rest = divmod(-(-M // BM) * -(-N // BN), processors)
-    cuts = _cuts(rest, K, processors)
-    last = 0.0 if rest == 0 else K / cuts + (cuts > 1) * cuts * _PIECE_COLUMNS
+    cuts = _cuts(rest, K, processors, BM * BN)
+    last = 0.0 if rest == 0 else K / cuts + (cuts > 1) * cuts * BM * BN / _PIECE_NUMBERS
     return (rounds * K + last) * (1.0 if BM * BN > 1 << 14 else _NARROW_COST)
 
 
@@ -176,26 +176,8 @@ def choose(
     if M <= 128:
         tiles = _few(M, N * K)
     else:
-        tiles = _many(M, N, K, processors)[1]
+        tiles = min((_WIDE, _TALL, _NARROW), key=lambda t: _rounds(M, N, K, t, processors))
     return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
-
-
-@lru_cache(maxsize=4096)
-def tail(M: int, N: int, K: int, bits: int, processors: int) -> int:
-    """Tokens, the last of M, that take less time in a launch of their own: they read the weight once more, but a tile
-    of 128 tokens for a few of them costs as much as a full one."""
-    rest = M % 128
-    if M <= 256 or not 0 < rest <= _FEW:
-        return 0
-    again = _LAUNCH_COLUMNS + N * K * bits / 8 / _COLUMN_BYTES
-    return rest if _many(M - rest, N, K, processors)[0] + again < _many(M, N, K, processors)[0] else 0
-
-
-def _many(M: int, N: int, K: int, processors: int) -> tuple[float, dict[str, Any]]:
-    """The tiles for more than 128 tokens, and their time (see `_rounds`)."""
-    timed = [(_rounds(M, N, K, tiles, processors), i) for i, tiles in enumerate(_MANY)]
-    best, i = min(timed)
-    return best, _MANY[i]
 
 
 @lru_cache(maxsize=4096)
@@ -226,12 +208,10 @@ _MORE = {**_STREAM, "NWG": 4, "REGISTERS": 112, "MAXNREG": 96, "PER": 1}
 _NARROW = {"NWG": 2, "KWG": 1, "REST": 1, "BM": 128, "BK": 128, "NS": 4, "REGISTERS": 160, "MAXNREG": 168, "PER": 1}
 _WIDE = {**_NARROW, "BM": 256, "BK": 64, "NS": 5, "REGISTERS": 232}
 _TALL = {**_NARROW, "REST": 2, "REGISTERS": 232}
-_MANY = (_WIDE, _TALL, _NARROW)
 _FEW = 64  # tokens whose sums are no more numbers than the weights they come from
 _FEW_GROUPS = 16  # the same where a step has several groups, each with sums of its own
-_PIECE_COLUMNS = 512  # columns multiplied in the time that it takes to write and read the sums of a piece
+_PIECE_NUMBERS = 64  # sums of a piece written and read in the time that a column of the tile takes to be multiplied
 _NARROW_COST = 0.59  # of a tile of half the size
-_LAUNCH_COLUMNS, _COLUMN_BYTES = 300, 27_000  # a launch and a byte of weight read, in the same unit
 _SMALL_WEIGHT = 32 << 20  # numbers in a weight
 _SOME_WEIGHT = 80 << 20
 _FULL = 0.96  # share of the time that programs must be busy with whole tiles

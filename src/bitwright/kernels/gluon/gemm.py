@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bitwright.kernels.fragments import Fragments
-from bitwright.kernels.gluon.config import PIECE, Config, Division, choose, choose_experts, divide, divide_experts, tail
+from bitwright.kernels.gluon.config import PIECE, Config, Division, choose, choose_experts, divide, divide_experts
 from bitwright.kernels.gluon.fragment import stage
 from bitwright.kernels.gluon.kernel import fragment_gemm
 from bitwright.kernels.workspace import zeros
@@ -27,14 +27,8 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tenso
     Scales must have that dtype, group_size be 32, a multiple of 64, or K.
     """
     f, M, processors = fragments, x.shape[0], _processors(x.device.index)
-    out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
-    rest = tail(M, f.N, f.K, f.bits, processors)
-    for rows in (slice(M - rest), slice(M - rest, M)) if rest else (slice(M),):
-        part = x[rows]
-        m = part.shape[0]
-        config = choose(m, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None, processors)
-        launch(part, f, bias, config, divide(m, f.N, f.K, config, processors), out=out[rows])
-    return out
+    config = choose(M, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None, processors)
+    return launch(x, f, bias, config, divide(M, f.N, f.K, config, processors))
 
 
 def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = False) -> Tensor:
@@ -50,22 +44,15 @@ def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = Fa
 
 
 def launch(
-    x: Tensor,
-    f: Fragments,
-    bias: Tensor | None,
-    config: Config,
-    division: Division,
-    offsets: Tensor | None = None,
-    out: Tensor | None = None,
+    x: Tensor, f: Fragments, bias: Tensor | None, config: Config, division: Division, offsets: Tensor | None = None
 ) -> Tensor:
-    """One launch at a given configuration, its result in `out` [M, N] where that is given."""
+    """One launch at a given configuration."""
     M, K = x.shape
     if K % 8:
         x = pad(x, (0, -K % 8))  # TMA wants rows to begin at multiples of 16 bytes
     elif x.data_ptr() % 16:
         x = x.clone()
-    if out is None:
-        out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
+    out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
     flags = zeros(division.flags, x.device)
     partial = flags.view(torch.float32)
     if division.partial_size:
