@@ -65,8 +65,10 @@ def _overwritten(body: list[Instruction]) -> Iterator[str]:
             if _PRODUCT.match(operation):
                 if left := re.match(r"R(\d+)", operands.split(",")[1].strip()):
                     group |= set(range(int(left[1]), int(left[1]) + _LEFT))
-                if ".SP." in operation and (where := re.search(r"R(\d+)(?:, gsb0)?$", operands)):
-                    group.add(int(where[1]))  # which columns are kept
+                if ".SP." in operation:
+                    where = re.search(r"R(\d+)(?:, gsb0)?$", operands)  # which columns are kept
+                    assert where, f"no metadata in {operation} {operands}"
+                    group.add(int(where[1]))
                 if "gsb0" in operands:
                     flying.append(group)
                     group = set()

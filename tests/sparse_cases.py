@@ -16,7 +16,7 @@ from bitwright.kernels import int8_fragments, sparse_fragments
 def pruned(codes: Tensor, seed: int = 0) -> Tensor:
     """codes int8 [N, B] with two of every aligned four columns set to 0; of the last few, at most two stay."""
     N, B = codes.shape
-    groups = pad(codes, (0, -B % 4)).view(N, -1, 4)
+    groups = pad(codes, (0, -B % 4)).view(N, -(-B // 4), 4)
     ranks = torch.rand(groups.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
     return torch.where(ranks < 2, groups, 0).flatten(1)[:, :B].contiguous()
 

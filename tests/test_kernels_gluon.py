@@ -93,6 +93,12 @@ def test_many_tokens_leave_few_programs_idle(M: int, N: int, K: int) -> None:
     assert not last or (max(last) == d.per < nk and len(last) <= PROCESSORS)
 
 
+def test_whole_rounds_need_no_memory_for_pieces() -> None:
+    c = choose(2816, 1536, 4096, 4, 128, torch.bfloat16, False, False, PROCESSORS)
+    d = divide(2816, 1536, 4096, c, PROCESSORS)
+    assert d.whole == -(-2816 // c.BM) * -(-1536 // c.BN) and d.partial_size == 0
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 192, 320, 4096])
 def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:

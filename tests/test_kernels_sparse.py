@@ -42,7 +42,7 @@ def random_codes(N: int, B: int, bits: int, seed: int = 0) -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(N=st.integers(1, 70), B=st.integers(1, 400), bits=st.sampled_from([4, 8]), seed=st.integers(0, 100))
+@given(N=st.integers(0, 70), B=st.integers(1, 400), bits=st.sampled_from([4, 8]), seed=st.integers(0, 100))
 def test_codes_come_back(N: int, B: int, bits: int, seed: int) -> None:
     codes = random_codes(N, B, bits, seed)
     before = codes.clone()
@@ -53,7 +53,7 @@ def test_codes_come_back(N: int, B: int, bits: int, seed: int) -> None:
     assert torch.equal(sparse_fragments.unpack(blocks, N, B, bits), codes)
     whole = sparse_fragments.unpack(blocks, blocks.shape[0] * 16, Bp, bits)
     assert not whole[N:].any() and not whole[:, B:].any()
-    index = torch.randint(0, N, (5,), generator=torch.Generator().manual_seed(seed))
+    index = torch.randint(max(N, 1), (min(N, 5),), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(sparse_fragments.unpack_rows(blocks, index, B, bits), codes[index])
 
 
@@ -218,12 +218,38 @@ def test_refusals_have_reasons(text: str, changes: dict[str, Any], reason: str) 
 def test_without_the_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(["/nowhere/libnvrtc.so.13"]))
     nvrtc._load.cache_clear()
+    nvrtc.missing.cache_clear()
     try:
         assert "install nvidia-cuda-nvrtc" in (nvrtc.missing() or "")
         with pytest.raises(DependencyError, match="install nvidia-cuda-nvrtc"):
             nvrtc.compiled("sparse_int8.cu", (), ("-DNOT=1",))
     finally:
         nvrtc._load.cache_clear()
+        nvrtc.missing.cache_clear()
+
+
+def test_a_compiler_that_compiles_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> tuple[bytes, str]:
+        raise nvrtc.CompileError("no second half")
+
+    monkeypatch.setattr(nvrtc, "_load", lambda: (object(), None))
+    monkeypatch.setattr(nvrtc, "_compile", refuse)
+    nvrtc.missing.cache_clear()
+    try:
+        assert nvrtc.missing() == "no second half"
+    finally:
+        nvrtc.missing.cache_clear()
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from bitwright.kernels.nvrtc import launch
+    from bitwright.kernels.nvrtc.driver import DriverError
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    c = replace(launch.choose(2048, 8192, 256, 4, None, BF16, 132), BAND=7)
+    with pytest.raises(DriverError, match=r"not loaded yet.*run the linear once"):
+        launch.kernel(c, 0)
 
 
 def choices() -> list[Any]:

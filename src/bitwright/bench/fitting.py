@@ -169,7 +169,7 @@ def _linear_bytes(linear: LinearShape, scheme: Scheme | None, dtype: torch.dtype
 
 def _int8_bytes(N: int, K: int, scheme: Scheme, dtype: torch.dtype) -> int:
     """As `kernels.split_cuda.SplitMma` holds it, 2:4 weights as `SparseMma`: codes, scale and row sum of every output,
-    outliers, and where each column of the input belongs."""
+    outliers, and where each column of the input belongs. Other GPUs than Hopper take a bit or two more for 2:4."""
     outliers = 0 if scheme.outliers is None else scheme.outliers.columns(K)
     columns, blocks = padded(K - outliers), -(-N // ROWS)
     if scheme.sparse:

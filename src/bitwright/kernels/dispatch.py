@@ -36,7 +36,7 @@ IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
 )
 # For schemes that are not plain: what QuantizedTensor cannot say is a SplitTensor.
 SPLIT_IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
-    SparseMma,
+    SparseMma,  # of few tokens it is faster for large weights only: 57344 x 8192 at one token 85 us, dense 110
     SplitSparse,
     SplitMma,
     SparseValues,

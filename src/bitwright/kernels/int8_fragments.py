@@ -40,6 +40,8 @@ def pack(codes: Tensor) -> Tensor:
     """int8 [ceil(N / 16), padded(B) / 64, 512] of 4-bit codes int8 [N, B] in [-8, 7], on their device; padding is 0."""
     N, B = codes.shape
     Bp = padded(B)
+    if N == 0:
+        return codes.new_empty(0, Bp // COLUMNS, BYTES)
     step = max(1, _CHUNK // (Bp * ROWS)) * ROWS
     pieces = []
     for n in range(0, N, step):
@@ -63,8 +65,15 @@ def unpack(blocks: Tensor, N: int, B: int) -> Tensor:
 
 def unpack_rows(blocks: Tensor, index: Tensor, B: int) -> Tensor:
     """Codes int8 [n, B] of rows `index` [n]; only their row blocks are unpacked."""
-    whole = _codes(blocks[index // ROWS]).view(len(index), ROWS, -1)
-    return whole[torch.arange(len(index), device=index.device), index % ROWS, :B]
+    columns = blocks.shape[1] * COLUMNS
+    rows = torch.empty(len(index), columns, dtype=torch.int8, device=blocks.device)
+    step = max(1, _CHUNK // (columns * ROWS))
+    for i in range(0, len(index), step):
+        some = index[i : i + step]
+        part = blocks[some // ROWS]
+        whole = _codes(part).view(len(some), ROWS, columns)
+        rows[i : i + step] = whole[torch.arange(len(some), device=index.device), some % ROWS]
+    return rows[:, :B]
 
 
 def _codes(blocks: Tensor) -> Tensor:

@@ -48,10 +48,14 @@ def block_bytes(bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 [ceil(N / 16), padded(B) / 128, `block_bytes`] of 2:4 codes int8 [N, B], on their device; padding is 0.
 
-    SchemeError if a group of four columns has more than two codes that are not 0.
+    SchemeError if a group of four columns has more than two codes that are not 0, or if there are no columns.
     """
     N, B = codes.shape
+    if B == 0:
+        raise SchemeError(f"2:4 codes of [{N}, 0]: there are no columns to keep any of")
     Bp = padded(B)
+    if N == 0:
+        return codes.new_empty(0, Bp // STEP, block_bytes(bits))
     step = max(1, _CHUNK // (Bp * ROWS)) * ROWS
     pieces = []
     for n in range(0, N, step):
@@ -77,8 +81,15 @@ def unpack(blocks: Tensor, N: int, B: int, bits: int) -> Tensor:
 
 def unpack_rows(blocks: Tensor, index: Tensor, B: int, bits: int) -> Tensor:
     """Codes int8 [n, B] of rows `index` [n]; only their row blocks are unpacked."""
-    whole = _codes(blocks[index // ROWS], bits).view(len(index), ROWS, -1)
-    return whole[torch.arange(len(index), device=index.device), index % ROWS, :B]
+    columns = blocks.shape[1] * STEP
+    rows = torch.empty(len(index), columns, dtype=torch.int8, device=blocks.device)
+    step = max(1, _CHUNK // (columns * ROWS))
+    for i in range(0, len(index), step):
+        some = index[i : i + step]
+        part = blocks[some // ROWS]
+        whole = _codes(part, bits).view(len(some), ROWS, columns)
+        rows[i : i + step] = whole[torch.arange(len(some), device=index.device), some % ROWS]
+    return rows[:, :B]
 
 
 def _kept_columns(groups: Tensor, first_row: int) -> Tensor:

@@ -39,7 +39,7 @@ class SparseMma(Int8Weight):
         if HOPPER not in problem.features:
             return "needs a Hopper GPU (compute capability 9.0)"
         if NVRTC not in problem.features:
-            return "needs NVRTC, CUDA's runtime compiler, which torch's CUDA wheels bring"
+            return "needs NVRTC 12.4 or later, CUDA's runtime compiler, which torch's CUDA wheels bring"
         return None
 
     @classmethod

@@ -61,6 +61,9 @@ def _cuda_linear(
 
     _check(codes, weight, bits, N, B)
     check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
+    for tensor in (scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias):
+        if tensor is not None and tensor.device != codes.device:
+            raise SchemeError(f"an operand is on {tensor.device}, the codes on {codes.device}; move the linear there")
     return linear(
         codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, bits, N, B, dtype
     )

@@ -2,9 +2,8 @@
 
 Quantized activations: cuSPARSELt multiplies int8 and writes int32 sums; scales, zero points, outliers and the bias come
 from a kernel of ours after it. It knows no 4-bit codes, so those are bytes here too: half of them are zeros and not
-held, and two bits a kept one say which it is, 5 bits per weight. For 4-bit weights that is more to read than the dense
-kernel's 4, and the sums go through memory, so on Hopper the dense kernel is faster (`dispatch`), and `sparse_mma`,
-which multiplies sparse 4-bit codes, is preferred. 16-bit values take 9 bits per weight.
+held, and two bits a kept one say which it is, 5 bits per weight, and the sums go through memory. On Hopper `sparse_mma`
+is preferred, and without NVRTC the dense kernel for 4-bit weights (`dispatch`). 16-bit values take 9 bits per weight.
 """
 
 from __future__ import annotations

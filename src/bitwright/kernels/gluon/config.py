@@ -118,7 +118,7 @@ def divide(M: int, N: int, K: int, config: Config, processors: int) -> Division:
     if not config.FEW:
         rounds, rest = divmod(tiles, programs)
         per = -(-nk // _cuts(rest, nk * config.BK, programs, config.BM * config.BN))
-        if per == nk:
+        if rest == 0 or per == nk:
             return Division(min(programs, tiles), tiles, 1, 0, 0)
         used = programs if rounds else -(-rest * nk // per)
         return Division(used, rounds * programs, per, *_workspace(config, used, rest))

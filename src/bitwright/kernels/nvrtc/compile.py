@@ -8,26 +8,39 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
+
+import torch
 
 from bitwright.errors import DependencyError
 
 ARCHITECTURE = "sm_90a"
 _OLDEST = (12, 4)  # releases before it were never tried
 _MAJORS = (13, 12)  # of CUDA, the preferred first
-_MISSING = "NVRTC, CUDA's runtime compiler, was not found: install nvidia-cuda-nvrtc (torch's CUDA wheels bring it)"
+_MISSING = (
+    "NVRTC, CUDA's runtime compiler, was not found: install nvidia-cuda-nvrtc (for CUDA 12 nvidia-cuda-nvrtc-cu12); "
+    "torch's CUDA wheels bring it"
+)
 
 
-class CompileError(DependencyError):
+class CompileError(DependencyError, RuntimeError):
     """A program that NVRTC refuses; the message holds what it says."""
 
 
+@cache
 def missing() -> str | None:
-    """Why nothing can be compiled, or None."""
-    return _load()[1]
+    """Why nothing can be compiled, or None; found out by compiling something small."""
+    nvrtc, reason = _load()
+    if nvrtc is None:
+        return reason
+    try:
+        _compile(nvrtc, "empty.cu", 'extern "C" __global__ void empty() {}', (), ())
+    except CompileError as e:
+        return str(e)
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -42,8 +55,13 @@ def compiled(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str
         raise DependencyError(reason or _MISSING)
     folder = files(__package__)
     beside = tuple((f.name, f.read_text(encoding="utf-8")) for f in folder.iterdir() if f.name.endswith(".cuh"))
-    included = [*beside, *headers]
-    source = (folder / name).read_text(encoding="utf-8")
+    included = (*beside, *headers)
+    return _compile(nvrtc, name, (folder / name).read_text(encoding="utf-8"), included, options)
+
+
+def _compile(
+    nvrtc: ctypes.CDLL, name: str, source: str, included: Sequence[tuple[str, str]], options: Sequence[str]
+) -> tuple[bytes, str]:
     program = ctypes.c_void_p()
     _check(
         nvrtc,
@@ -107,10 +125,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _candidates() -> Iterator[str]:
-    for folder in sys.path:
-        # nvidia/cu13/lib in wheels for CUDA 13, nvidia/cuda_nvrtc/lib in those before
-        for library in sorted(Path(folder or ".").glob("nvidia/*/lib/libnvrtc.so.1?"), reverse=True):
-            yield str(library)
-    yield from (f"libnvrtc.so.{major}" for major in _MAJORS)
+    # Torch's own CUDA first: what a later one compiles, a driver that suits torch may refuse.
+    own = int((torch.version.cuda or f"{_MAJORS[0]}.0").split(".")[0])
+    majors = sorted(_MAJORS, key=lambda major: major != own)
+    for major in majors:
+        for folder in sys.path:
+            # nvidia/cu13/lib in wheels for CUDA 13, nvidia/cuda_nvrtc/lib in those before
+            yield from map(str, Path(folder or ".").glob(f"nvidia/*/lib/libnvrtc.so.{major}"))
+    yield from (f"libnvrtc.so.{major}" for major in majors)
     if home := os.environ.get("CUDA_HOME"):
-        yield from (f"{home}/lib64/libnvrtc.so.{major}" for major in _MAJORS)
+        yield from (f"{home}/lib64/libnvrtc.so.{major}" for major in majors)

@@ -17,6 +17,11 @@ _TYPES = {1: 0, 2: 1, 8: 4}  # unsigned integers of tensor maps, by bytes
 _PROMOTE_TO_256 = 3  # bytes that L2 fetches at least
 _DYNAMIC_SHARED_MEMORY = 8  # attribute of a function
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+_OUT_OF_MEMORY = 2
+
+
+class DriverError(BitwrightError, RuntimeError):
+    """CUDA's driver refuses; a RuntimeError as well, as torch's own errors of a device are."""
 
 
 class TensorMap(ctypes.Structure):
@@ -35,7 +40,7 @@ class Kernel:
         self._shared, self._device = shared, device
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
-            _bind(device)
+            bind(device)
             _call("cuModuleLoadData", ctypes.byref(self._module), cubin)
             _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
             _call("cuFuncSetAttribute", self._function, _DYNAMIC_SHARED_MEMORY, shared)
@@ -44,7 +49,7 @@ class Kernel:
         """arguments: ctypes values; they are copied before the call returns."""
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         with torch.cuda.device(self._device):
-            _bind(self._device)
+            bind(self._device)
             stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
             _call(
                 "cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, addresses, None
@@ -54,7 +59,8 @@ class Kernel:
 def tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> TensorMap:
     """Of a contiguous matrix at a multiple of 16 bytes, with rows of as many; box (rows, columns).
 
-    swizzle: bytes of a row of the box in shared memory, 64 or 128; 0: rows follow each other as they are.
+    swizzle: bytes of a row of the box in shared memory, 64 or 128; 0: rows follow each other as they are. The thread
+    must have a context (`bind`).
     """
     return _tensor_map(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.element_size(), box, swizzle)
 
@@ -84,7 +90,7 @@ def _tensor_map(address: int, rows: int, columns: int, size: int, box: tuple[int
     return result
 
 
-def _bind(device: int) -> None:
+def bind(device: int) -> None:
     """Makes torch's context of the device this thread's, where the thread has none yet."""
     context = ctypes.c_void_p()
     _call("cuCtxGetCurrent", ctypes.byref(context))
@@ -99,7 +105,8 @@ def _call(function: str, *arguments: Any) -> None:
     if result := getattr(_driver(), function)(*arguments):
         said = ctypes.c_char_p()
         _driver().cuGetErrorString(result, ctypes.byref(said))
-        raise BitwrightError(f"CUDA's driver: {function} failed: {(said.value or b'unknown').decode()} ({result})")
+        text = f"CUDA's driver: {function} failed: {(said.value or b'unknown').decode()} ({result})"
+        raise torch.OutOfMemoryError(text) if result == _OUT_OF_MEMORY else DriverError(text)
 
 
 @cache

@@ -44,13 +44,8 @@ __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-#ifdef SPIN_LIMIT  // a hang becomes an error of the launch
-    for (u32 i = 0; !barrier_passed(barrier, parity); i++)
-        if (i > SPIN_LIMIT) asm volatile("trap;");
-#else
     while (!barrier_passed(barrier, parity)) {
     }
-#endif
 }
 
 __device__ __forceinline__ void cluster_sync() {

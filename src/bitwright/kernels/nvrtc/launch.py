@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.kernels.int8_fragments import STEP
 from bitwright.kernels.nvrtc.compile import compiled
-from bitwright.kernels.nvrtc.driver import Kernel, tensor_map
+from bitwright.kernels.nvrtc.driver import DriverError, Kernel, bind, tensor_map
 from bitwright.kernels.nvrtc.instructions import header
 from bitwright.kernels.sparse_fragments import block_bytes
 from bitwright.kernels.triton.gemm import machine
@@ -119,6 +119,7 @@ def linear(
     out = torch.empty(M, N, dtype=dtype, device=codes.device)
     if M == 0 or N == 0:
         return out
+    bind(codes.device.index)
     processors = machine(codes.device)[1]
     c = config or choose(M, N, O, bits, None if bias is None else bias.dtype, dtype, processors)
     if bias is not None and c.BIAS == _FLOAT32:
@@ -149,7 +150,12 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def kernel(config: Config, device: int) -> Kernel:
-    """Compiled and loaded at its first use, which may not be while a graph is captured."""
+    """Compiled and loaded at its first use in a process (0.3 to 1 s), which may not be while a graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise DriverError(
+            f"the kernel for tiles of {config.ROWS} x {config.TOKENS} is not loaded yet, and cannot be while a graph "
+            "is captured; run the linear once with as many tokens before"
+        )
     return Kernel(config.cubin()[0], "sparse_int8", config.shared, device)
 
 

@@ -1,15 +1,15 @@
 // 2:4 sparse weights times quantized activations: exact int8 products, then scales, zero points, outliers and the bias.
 //
-// One warp brings stages by TMA, two warpgroups multiply, each half the rows of a tile by TOKENS tokens. The weight is the
-// left operand and comes from registers (`sparse_fragments`): 4-bit codes become bytes, 16 * code, by two logic
-// operations for eight of them, while the product before them runs. Two blocks of a cluster have the same tokens; each
-// brings half of them to both. After the last step the int32 sums become float32 in the registers that hold them, in the
-// order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
+// One warp brings stages by TMA, two warpgroups multiply, each half the rows of a tile by TOKENS tokens. The weight is
+// the left operand and comes from registers (`sparse_fragments`): 4-bit codes become bytes, 16 * code, by a shift and two
+// logic operations for eight of them, while the product before them runs. Two blocks of a cluster have the same tokens;
+// each brings half of them to both. After the last step the int32 sums become float32 in the registers that hold them,
+// in the order of roundings that `reference.split_linear` states, and are the accumulator of the outliers' product, whose
 // operands take the same stages. A block walks over tiles: the next one's stages arrive while results leave.
 //
 // Macros: BITS of a code (4 or 8), ROWS (128 or 256) and TOKENS of a tile, STAGES (at least 2), CLUSTER (1 or 2 blocks),
-// BAND token tiles, OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N is
-// a multiple of 8).
+// BAND token tiles, OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N
+// is a multiple of 8).
 #include "sparse_results.cuh"
 #include "sparse_tile.cuh"
 

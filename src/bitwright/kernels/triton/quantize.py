@@ -1,9 +1,9 @@
 """Activations become integer codes and 16-bit outliers (`bitwright.activations`), in one kernel and one pass.
 
-One program per token. It gathers the base columns in their stored order, by way of shared memory where that has room,
-rotates them, takes the largest and smallest value, and writes codes, scale and zero point; outliers are copied as they
-are. Otherwise nothing but the two extremes crosses the borders of a warp, so a token of up to `WHOLE` columns is read
-once and stays in registers. A longer one is read twice, the second time from L2.
+One program per token. It gathers the base columns in their stored order, by way of shared memory where the token is
+short, rotates them, takes the largest and smallest value, and writes codes, scale and zero point; outliers are copied.
+Otherwise nothing but the two extremes crosses the borders of a warp, so a token of up to `WHOLE` columns is read once
+and stays in registers. A longer one is read twice, the second time from L2.
 
 Every bit is that of `bitwright.activations`: extremes do not depend on an order, sums of a rotation are those of its
 butterflies, and what is rounded is rounded once. Three things make it so:
@@ -38,7 +38,6 @@ SPAN = 512  # columns of a warp with 16 a lane
 WHOLE = 16384  # columns of a token that stay in registers: 32 a lane of 16 warps
 _PART = 8192  # columns at a time of tokens longer than that
 _WARPS = 32  # of a program at most
-_SHARED = 1 << 16  # bytes of shared memory that a token may take
 _FEW = 4  # tokens per multiprocessor up to which latency counts more than throughput
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -71,11 +70,11 @@ class QuantizeConfig:
 
 @lru_cache(maxsize=4096)
 def quantize_config(
-    M: int, columns: int, block: int, processors: int, gather: bool = False, silu: bool = False, itemsize: int = 2
+    M: int, columns: int, block: int, processors: int, gather: bool = False, silu: bool = False
 ) -> QuantizeConfig:
     """How M tokens of so many columns are quantized: base columns, padded; all columns where `gather`, without a
     rotation. block: of the rotation; gather: columns are stored in another order than those of the input; silu: each is
-    a product; itemsize: bytes of one.
+    a product.
 
     Blocks of a rotation stay within a warp. Many tokens: few warps with more to load at once each, so that programs
     share a multiprocessor. Few tokens: as many warps as there are columns for. Long tokens are loaded twice, which was
@@ -84,7 +83,7 @@ def quantize_config(
     apart = gather and not block
     whole = columns <= WHOLE
     spans = triton.next_power_of_2(triton.cdiv(columns if whole else _PART, SPAN))
-    shared = apart and whole and spans * SPAN * itemsize <= _SHARED
+    shared = apart and whole  # 64 KiB of float32 at most
     few = M / processors <= _FEW or (silu and not whole)  # two loads a column are enough at once
     repeats = max(block // SPAN, 1 if few else 2, spans // _WARPS)
     lane = 4 if apart else 16
@@ -132,7 +131,7 @@ def quantize(
     n = Norm(*norm)
     gather, columns = base_idx is not None, codes.shape[1]
     columns = max(columns, K) if gather and not block else columns
-    c = tiles or quantize_config(M, columns, block, machine(device)[1], gather, silu, x.element_size())
+    c = tiles or quantize_config(M, columns, block, machine(device)[1], gather, silu)
     # Promised to the compiler, which believes it: rows begin where as many columns as a lane has are aligned.
     aligned = K % c.lane == 0 and x.stride(0) % c.lane == 0
     aligned = aligned and all(t is None or t.data_ptr() % 16 == 0 for t in (x, n.weight, n.residual, n.total))
