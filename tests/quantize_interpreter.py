@@ -44,12 +44,13 @@ def check_norm(case: Case, tiles: QuantizeConfig | None = None) -> None:
     weight = (torch.rand(case.K, generator=generator) + 0.5).to(case.dtype)
     out = split_ops._allocated(x, base_idx, outlier_idx)
     for once in (False, True):
-        quantize(x, base_idx, outlier_idx, *rest, out, tiles, norm=(weight, 1e-5, once))
+        quantize(x, base_idx, outlier_idx, *rest, out, tiles, norm={"weight": weight, "eps": 1e-5, "once": once})
         expected = split_ops.rms_norm_quantize(x, weight, 1e-5, base_idx, outlier_idx, *rest, once)
         cases.compare(out, expected, f"norm {case}, once {once}")
     residual = torch.randint(-9, 10, x.shape, generator=generator).to(case.dtype)
     total = torch.empty_like(x)
-    quantize(x, base_idx, outlier_idx, *rest, out, tiles, norm=(weight, 1e-5, True, residual, total))
+    norm = {"weight": weight, "eps": 1e-5, "once": True, "residual": residual, "total": total}
+    quantize(x, base_idx, outlier_idx, *rest, out, tiles, norm=norm)
     expected = split_ops.add_rms_norm_quantize(x, residual, weight, 1e-5, base_idx, outlier_idx, *rest, True)
     cases.compare(out, expected[:4], f"norm of a sum {case}")
     assert torch.equal(total, expected[4]), f"sum {case}"

@@ -99,7 +99,8 @@ def _cuda_norm_quantize(
     _check_norm(x, weight)
     out = _allocated(x, base_idx, outlier_idx)
     x = x if x.stride(1) == 1 else x.contiguous()
-    run(x, base_idx, outlier_idx, bits, block, clip, out, norm=(weight.contiguous(), eps, once))
+    norm = {"weight": weight.contiguous(), "eps": eps, "once": once}
+    run(x, base_idx, outlier_idx, bits, block, clip, out, norm=norm)
     return out
 
 
@@ -139,7 +140,7 @@ def _cuda_add_norm_quantize(
     _check_sum(x, residual)
     _check_norm(x, weight)
     out, total = _allocated(x, base_idx, outlier_idx), _total(x)
-    norm = weight.contiguous(), eps, once, residual.contiguous(), total
+    norm = {"weight": weight.contiguous(), "eps": eps, "once": once, "residual": residual.contiguous(), "total": total}
     run(x.contiguous(), base_idx, outlier_idx, bits, block, clip, out, norm=norm)
     return *out, total
 

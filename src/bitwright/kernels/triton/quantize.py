@@ -22,6 +22,7 @@ same program: an RMSNorm, that of a sum, or silu(gate) · up (`columns`, `norm`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ class Norm(NamedTuple):
     residual, total [M, K]: residual + x is stored in `total`, and its norm is taken; all of them contiguous.
     """
 
-    weight: Tensor | None
+    weight: Tensor | None = None
     eps: float = 0.0
     once: bool = False
     residual: Tensor | None = None
@@ -113,13 +114,13 @@ def quantize(
     clip: float,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
     tiles: QuantizeConfig | None = None,
-    norm: tuple[Any, ...] = (None,),
+    norm: Mapping[str, Any] | None = None,
     silu: bool = False,
 ) -> None:
     """Fill `out` = (codes, scale, zero, outliers), allocated as `kernels.split_ops` says, from x [M, K].
 
     x: float32, bf16 or fp16, columns side by side, rows any distance apart. base_idx int32 [B] or None, outlier_idx
-    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: a `Norm` that x goes through first. silu: x
+    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: fields of a `Norm` that x goes through first. silu: x
     is [M, 2 K], gates and what they are multiplied with, and silu(gate) · up is quantized.
     """
     codes, scale, zero, outliers = out
@@ -128,7 +129,7 @@ def quantize(
         return
     K = x.shape[1] // 2 if silu else x.shape[1]
     B = K - O if base_idx is None else base_idx.shape[0]
-    n = Norm(*norm)
+    n = Norm(**(norm or {}))
     gather, columns = base_idx is not None, codes.shape[1]
     columns = max(columns, K) if gather and not block else columns
     c = tiles or quantize_config(M, columns, block, machine(device)[1], gather, silu)
