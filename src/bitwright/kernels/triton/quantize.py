@@ -120,8 +120,8 @@ def quantize(
     """Fill `out` = (codes, scale, zero, outliers), allocated as `kernels.split_ops` says, from x [M, K].
 
     x: float32, bf16 or fp16, columns side by side, rows any distance apart. base_idx int32 [B] or None, outlier_idx
-    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: fields of a `Norm` that x goes through first. silu: x
-    is [M, 2 K], gates and what they are multiplied with, and silu(gate) · up is quantized.
+    int32 [O]. tiles: instead of what `quantize_config` chooses. norm: fields of a `Norm` that x goes through first.
+    silu: x is [M, 2 K], gates and what they are multiplied with, and silu(gate) · up is quantized.
     """
     codes, scale, zero, outliers = out
     M, O, device = x.shape[0], outlier_idx.shape[0], x.device
