@@ -16,14 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.bench import attention, correctness, decode, fitting, prefill, throughput
+from bitwright.bench import correctness, decode, fitting, prefill, throughput
 from bitwright.bench.correctness import tiny
-from bitwright.bench.elementwise import add_norm, silu_mul
-from bitwright.bench.fitting import Depth, choose_depth, fewest_gpus, largest_batch, rank_shape
-from bitwright.bench.linears import DenseExperts, DenseLinear, PackedExperts, PackedLinear
+from bitwright.bench.fitting import fewest_gpus
+from bitwright.bench.linears import DenseExperts, DenseLinear, PackedLinear
 from bitwright.bench.mlp import Mlp, MoE, Norm
 from bitwright.bench.model import Block, Decoder, Tables, make_model, make_state, make_tables
-from bitwright.bench.routing import Outputs, Routing, combine, combine_norm, norm_route, route
 from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape, models
 from bitwright.errors import BitwrightError
@@ -220,151 +218,6 @@ def test_quantized_and_dense_models_differ_in_linears_alone() -> None:
         assert tuple(a.qkv.weight.shape) == b.qkv.weight.shape
     assert quantized.block_bytes < dense.block_bytes / 3
     assert dense.block_bytes == fitting.block_bytes(shape, None, BF16)
-
-
-def test_routing_keeps_order_and_sums_to_one() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [0.0, 5.0, 9.0]])
-    routing = route(logits, 2)
-    # tokens choose (1, 2), (0, 1) by the tie, (2, 1)
-    assert routing.offsets.tolist() == [0, 1, 4, 6]
-    assert routing.tokens.tolist() == [1, 0, 1, 2, 0, 2]
-    assert routing.places.tolist() == [[1, 4], [0, 2], [5, 3]]
-    torch.testing.assert_close(routing.shares.sum(dim=1), torch.ones(3))
-    torch.testing.assert_close(routing.shares[2, 0], torch.tensor([5.0, 9.0]).softmax(0)[1])
-    y = torch.arange(6.0)[:, None].expand(6, 2)
-    expected = [float((routing.shares[m] * routing.places[m]).sum()) for m in range(3)]
-    summed = torch.tensor(expected)[:, None].expand(3, 2)
-    torch.testing.assert_close(combine(Outputs(y, routing)), summed)
-    assert isinstance(routing, Routing)
-    h, weight = torch.randn(3, 2), torch.randn(2)
-    torch.testing.assert_close(
-        combine_norm(Outputs(y, routing), h, weight, None, 1e-5, False), add_norm(summed, h, weight, None, 1e-5, False)
-    )
-
-
-def test_tokens_go_to_their_experts_behind_the_norm() -> None:
-    x, h, weight, router = torch.randn(5, 16), torch.randn(5, 16), torch.randn(16), torch.randn(4, 16)
-    rows, total, routing = norm_route(x, h, weight, None, 1e-5, False, router, 2)
-    normed, expected = add_norm(x, h, weight, None, 1e-5, False)
-    assert torch.equal(total, expected)
-    best = (normed @ router.t()).topk(2).indices
-    for e in range(4):
-        of = slice(int(routing.offsets[e]), int(routing.offsets[e + 1]))
-        (tokens,) = (best == e).any(dim=1).nonzero(as_tuple=True)
-        assert torch.equal(rows[of], normed[tokens])
-
-
-def test_offsets_are_settled_only_behind_packed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of `up` is what has waited for them, and only the packed one does so before it lets others begin."""
-    made = make_model(tiny(MIXTRAL), Scheme.parse("w4a16-g128"), make_tables(tiny(MIXTRAL), BF16, CPU), 1)
-    promised: list[bool] = []
-    right = PackedExperts.__call__
-
-    def call(self: PackedExperts, x: Tensor, offsets: Tensor, settled: bool = False) -> Tensor:
-        promised.append(settled)
-        return right(self, x, offsets, settled)
-
-    monkeypatch.setattr(PackedExperts, "__call__", call)
-    (block,) = made.blocks
-    x = torch.randn(3, 256).to(BF16)
-    block.mlp(block.mlp_norm, x, x)
-    assert promised == [False, True]
-    promised.clear()
-    mixed = replace(block.mlp, up=block.mlp.up.dense())
-    mixed(block.mlp_norm, x, x)
-    assert promised == [False]
-
-
-def test_elementwise_against_torch() -> None:
-    x, h, weight, bias = (torch.randn(3, 40), torch.randn(3, 40), torch.randn(40), torch.randn(40))
-    normed, total = add_norm(x, h, weight, bias, 1e-5, True)
-    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x + h, (40,), weight, bias, 1e-5))
-    torch.testing.assert_close(total, x + h)
-    normed, same = add_norm(None, h, weight, None, 1e-5, False)
-    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(h, (40,), weight, 1e-5))
-    assert same is h
-    torch.testing.assert_close(silu_mul(x), torch.nn.functional.silu(x[:, :20]) * x[:, 20:])
-
-
-@pytest.mark.parametrize(
-    ("batch", "kv_heads", "capacity", "splits", "block"),
-    [(1, 32, 516, 4, 128), (1, 8, 4096, 16, 128), (1, 8, 100, 1, 64), (256, 8, 1024, 1, 64), (1, 96, 516, 1, 128)],
-)
-def test_attention_fills_the_gpu(batch: int, kv_heads: int, capacity: int, splits: int, block: int) -> None:
-    assert attention.choose_split(batch, kv_heads, capacity) == attention.Split(splits, block)
-
-
-def test_depths() -> None:
-    assert choose_depth(32, 100_000_000, None, True) == Depth(None, 32, 32)
-    assert choose_depth(32, 100_000_000, None, False) == Depth(2, 6, 32)
-    assert choose_depth(96, 900_000_000, None, False) == Depth(1, 3, 96)
-    assert choose_depth(32, 100_000_000, 2, True) == Depth(1, 2, 32)
-    assert choose_depth(2, 100_000_000, 2, False) == Depth(None, 2, 2)
-    with pytest.raises(BitwrightError, match="1 layers"):
-        choose_depth(32, 100_000_000, 1, True)
-    two = Depth(2, 6, 32)  # 3 beside the blocks, 0.5 each
-    assert two.total({2: 4.0, 6: 6.0}) == 19.0 and two.block({2: 4.0, 6: 6.0}) == 0.5
-    assert Depth(None, 4, 4).total({4: 8.0}) == 8.0
-
-
-def test_models_become_whole_while_there_is_room() -> None:
-    sizes = {"small": 100_000_000, "large": 400_000_000}
-    certain = 6 * 100_000_000 + 3 * 400_000_000
-    few = {"small": Depth(2, 6, 32), "large": Depth(1, 3, 32)}
-    assert fitting.choose_depths(32, sizes, None, 0) == few
-    small = certain + 26 * 100_000_000
-    assert fitting.choose_depths(32, sizes, None, small - 1) == few
-    assert fitting.choose_depths(32, sizes, None, small) == few | {"small": Depth(None, 32, 32)}
-    both = fitting.choose_depths(32, sizes, None, small + 29 * 400_000_000)
-    assert set(both.values()) == {Depth(None, 32, 32)}
-    assert fitting.choose_depths(32, sizes, 2, 1 << 50) == dict.fromkeys(sizes, Depth(1, 2, 32))
-
-
-def test_only_the_quantized_model_is_whole_where_both_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = replace(tiny(LLAMA), layers=8)
-    monkeypatch.setattr(fitting, "_BEYOND_CACHE", 1)
-    quantized, dense = (fitting.block_bytes(shape, s, BF16) for s in (Scheme.parse("w4a16-g128"), None))
-    room = 8 * quantized + 3 * dense + shape.other_weights * 2 + shape.kv_cache_values(1, 9) * 2
-    monkeypatch.setattr(decode, "free_bytes", lambda device: room)
-    monkeypatch.setattr(fitting, "total_bytes", lambda device: int(8 * dense))
-    options = decode.Options(shape, context=8, tokens=1, device="cpu", repeats=1)
-    records = {r["scheme"]: r for r in decode.run(options)}
-    assert records["w4a16-g128"]["method"] == "whole model" and records["bfloat16"]["layers_timed"] == 3
-    assert (records["w4a16-g128"]["fits_this_gpu"], records["bfloat16"]["fits_this_gpu"]) == (True, False)
-    for r in records.values():
-        assert r["total_bytes"] == r["weight_bytes"] + r["cache_bytes"]
-    shown = decode.table(list(records.values()))
-    assert "more than this device holds" in str(shown.caption)
-    assert [str(c.header) for c in shown.columns][4:7] == ["ms/token", "±", "ms/block"]
-
-
-def test_fewest_gpus_divide_heads_and_hold_some_cache() -> None:
-    memory = 85_000_000_000
-    gpus, rank = fewest_gpus(models("opt-175b"), None, torch.float16, 512, memory)
-    assert gpus == 6 and rank.heads == 16 and rank.intermediate == 8192  # five would do, but do not divide 96 heads
-    assert fewest_gpus(models("opt-66b"), None, torch.float16, 512, memory)[0] == 2
-    assert fewest_gpus(LLAMA, None, BF16, 512, memory)[0] == 1
-    assert rank_shape(LLAMA, 3) is None
-    wide = rank_shape(LLAMA, 16)
-    assert wide is not None and (wide.heads, wide.kv_heads) == (2, 1)
-    most = largest_batch(models("opt-66b"), Scheme.parse("w4a16-g128"), BF16, 512, memory)
-    each = 2 * 64 * 9216 * 512 * 2
-    weights = fitting.model_bytes(models("opt-66b"), Scheme.parse("w4a16-g128"), BF16)
-    assert weights + most * each <= memory * 0.94 < weights + (most + 1) * each
-    assert 66e9 / 2 < weights < 66e9 * 0.55
-
-
-def test_bytes_are_those_of_the_kernels() -> None:
-    from bitwright.kernels import fragments
-
-    for text in ("w4a16-g128", "w3a16-g64-asym", "w2a16", "w8a16-g128"):
-        scheme = Scheme.parse(text)
-        made = sum(
-            fragments.random(x.N, x.K, scheme.weight.bits, scheme.weight.group_size, scheme.weight.symmetric, BF16, CPU)
-            .nbytes
-            for x in tiny(LLAMA).linears
-        )  # fmt: skip
-        assert fitting.block_bytes(tiny(LLAMA), scheme, BF16) == made
 
 
 @pytest.mark.parametrize("shape", [LLAMA, OPT, MIXTRAL], ids=lambda s: s.name)
