@@ -29,6 +29,7 @@ from bitwright.kernels.triton import int8  # noqa: E402
 from bitwright.kernels.triton.config import Config, shared_memory  # noqa: E402
 from bitwright.kernels.triton.int8_config import choose, choose_end, outlier_step  # noqa: E402
 
+CPU = torch.device("cpu")
 HOPPER = (9, 0)
 PROCESSORS = 132
 
@@ -125,9 +126,18 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ):
         rest = {n: operands[n] for n in names[1:4] + names[5:9]} | {name: value}
         with pytest.raises(SchemeError, match=f"{name} must be contiguous"):
-            int8_ops.check_rest(*rest.values(), 5, 72, torch.bfloat16)
+            int8_ops.check_rest(*rest.values(), 5, 72, torch.bfloat16, CPU)
     with pytest.raises(SchemeError, match=r"not torch\.float32"):
-        int8_ops.check_rest(*rest.values(), 5, 72, torch.float32)
+        int8_ops.check_rest(*rest.values(), 5, 72, torch.float32, CPU)
+    rest = {n: operands[n] for n in names[1:4] + names[5:9]}
+    int8_ops.check_rest(*rest.values(), 5, 72, torch.bfloat16, CPU)
+    rest["row_sums"] = rest["row_sums"].to("meta")
+    with pytest.raises(SchemeError, match="row_sums is on meta, the codes on cpu; move the linear there"):
+        int8_ops.check_rest(*rest.values(), 5, 72, torch.bfloat16, CPU)
+    moved = [t.to("meta") if name == "weight" else t for name, t in zip(names, given, strict=True)]
+    for operator in (int8_ops._cpu_linear, int8_ops._cuda_linear):
+        with pytest.raises(SchemeError, match="the weight is on meta, the codes on cpu"):
+            operator(*moved)
 
 
 # --- the kernels

@@ -71,7 +71,9 @@ def _cuda_linear(
     from bitwright.kernels.triton.int8 import linear
 
     _check(codes, weight, bits, N, B)
-    check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
+    check_rest(
+        scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype, codes.device
+    )
     if codes.shape[0] > FEW_TOKENS and {HOPPER, GLUON} <= cuda_features(codes.device):
         from bitwright.kernels.gluon import int8
 
@@ -82,7 +84,7 @@ def _cuda_linear(
     )
 
 
-def _fake_linear(
+def fake_linear(
     codes: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -136,7 +138,7 @@ def _cuda_finish(
     from bitwright.kernels.triton.int8 import finish
 
     M, N = scale.shape[0], weight_scale.shape[0]
-    check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, M, N, out.dtype)
+    check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, M, N, out.dtype, out.device)
     if tuple(out.shape) != (M, N) or (M > 0 and N > 1 and out.stride(1) != 1):
         raise SchemeError(
             f"out is {list(out.shape)} with strides {out.stride()}; rows of [{M}, {N}] are needed, each contiguous"
@@ -177,6 +179,8 @@ def _check(codes: Tensor, weight: Tensor, bits: int, N: int, B: int) -> None:
                 f"{name} must be contiguous int8 {list(shape)} for {bits}-bit codes of a weight [{N}, {B}], not "
                 f"{tensor.dtype} {list(tensor.shape)}"
             )
+    if weight.device != codes.device:
+        raise SchemeError(f"the weight is on {weight.device}, the codes on {codes.device}; move the linear there")
 
 
 def check_rest(
@@ -190,8 +194,11 @@ def check_rest(
     M: int,
     N: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Kernels read bits as they are: a wrong dtype or a shape would give wrong numbers in silence."""
+    """Kernels read bits as they are, where they are told to: a wrong dtype or shape would give wrong numbers in
+    silence, and memory of another device ends the process's use of this one.
+    """
     if dtype not in _DTYPES:
         raise SchemeError(f"the int8 kernels give bfloat16 or float16, not {dtype}; cast the activations")
     Op = outliers.shape[1]
@@ -211,6 +218,8 @@ def check_rest(
                 f"{name} must be contiguous {kind} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}; quantize "
                 f"the input and pack the weight for {dtype}"
             )
+        if tensor.device != device:
+            raise SchemeError(f"{name} is on {tensor.device}, the codes on {device}; move the linear there")
 
 
 _REST = "Tensor weight_scale, Tensor row_sums, Tensor weight_outliers, Tensor? bias"
@@ -222,7 +231,7 @@ int8_linear = define(
     "ScalarType dtype) -> Tensor",
     _cpu_linear,
     _cuda_linear,
-    _fake_linear,
+    fake_linear,
 )
 
 # out [M, N], columns contiguous, becomes the result, in its dtype, of sums int32 [at least N, at least M]: products of

@@ -14,7 +14,7 @@ from bitwright.errors import SchemeError
 from bitwright.kernels import sparse_fragments
 from bitwright.kernels.fragments import ROWS
 from bitwright.kernels.int8_fragments import MAX_COLUMNS, STEP, padded
-from bitwright.kernels.int8_ops import check_rest, cpu_finish
+from bitwright.kernels.int8_ops import check_rest, cpu_finish, fake_linear
 from bitwright.kernels.ops import define
 
 
@@ -60,31 +60,12 @@ def _cuda_linear(
     from bitwright.kernels.nvrtc.launch import linear
 
     _check(codes, weight, bits, N, B)
-    check_rest(scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype)
-    for tensor in (scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias):
-        if tensor is not None and tensor.device != codes.device:
-            raise SchemeError(f"an operand is on {tensor.device}, the codes on {codes.device}; move the linear there")
+    check_rest(
+        scale, zero, outliers, weight_scale, row_sums, weight_outliers, bias, codes.shape[0], N, dtype, codes.device
+    )
     return linear(
         codes, scale, zero, outliers, weight, weight_scale, row_sums, weight_outliers, bias, bits, N, B, dtype
     )
-
-
-def _fake_linear(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    outliers: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    row_sums: Tensor,
-    weight_outliers: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    N: int,
-    B: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], N, dtype=dtype)
 
 
 def _check(codes: Tensor, weight: Tensor, bits: int, N: int, B: int) -> None:
@@ -101,6 +82,8 @@ def _check(codes: Tensor, weight: Tensor, bits: int, N: int, B: int) -> None:
                 f"{name} must be contiguous int8 {list(shape)} for {bits}-bit 2:4 codes of a weight [{N}, {B}], not "
                 f"{tensor.dtype} {list(tensor.shape)}"
             )
+    if weight.device != codes.device:
+        raise SchemeError(f"the weight is on {weight.device}, the codes on {codes.device}; move the linear there")
 
 
 # -> [M, N]
@@ -110,5 +93,5 @@ int8_sparse_linear = define(
     "Tensor weight_outliers, Tensor? bias, int bits, int N, int B, ScalarType dtype) -> Tensor",
     _cpu_linear,
     _cuda_linear,
-    _fake_linear,
+    fake_linear,
 )
