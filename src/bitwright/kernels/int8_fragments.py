@@ -1,6 +1,6 @@
 """4-bit codes in the order in which int8 tensor cores take their left operand from registers.
 
-W [N, B] is padded to row blocks of 16 and column blocks of 64, as in `fragments`; a block is 512 bytes, 16 to a lane.
+W [N, B] is padded to row blocks of 16 and column blocks of 64; a block is 512 bytes, 16 to a lane.
 Inside a block ::
 
     row = 8*half + g    column = 32*w1 + 16*w0 + 4*t + b    lane = 4*g + t    g in 0..7, t and b in 0..3
