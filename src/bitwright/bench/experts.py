@@ -129,7 +129,7 @@ class _Point:
                 if not acceptable(errors[name], worst, limit):
                     reasons[name] = (WRONG, off(errors[name], worst))
                     continue
-                ready[name] = timing.ready(calls, self.device)
+                ready[name] = timing.ready(timing.enough(calls, 2 * rows * stack.N * stack.K, self.device), self.device)
             except Exception as e:
                 # Another library, or a kernel that this GPU does not have: a row with the reason.
                 reasons[name] = (FAILED, failure(e))

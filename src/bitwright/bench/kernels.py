@@ -147,7 +147,7 @@ class _Field:
                 if not acceptable(errors[c.name], worst, c.limit):
                     reasons[c.name] = (WRONG, off(errors[c.name], worst))
                     continue
-                rounds[c.name] = timing.ready([_call(linear, x) for linear in linears], self.device)
+                rounds[c.name] = self._ready([_call(linear, x) for linear in linears], M)
                 rounds |= self._parts(c.name, x)
             except Exception as e:
                 reasons[c.name] = (FAILED, failure(e))
@@ -165,7 +165,10 @@ class _Field:
         """Rounds of the parts of a contender's work by (its name, theirs), where it has such."""
         linears = [linear.parts(x) for linear in self.linears[name] if isinstance(linear, SplitLinear)]
         names = linears[0] if linears else ()
-        return {_part(name, part): timing.ready([calls[part] for calls in linears], self.device) for part in names}
+        return {_part(name, part): self._ready([calls[part] for calls in linears], x.shape[0]) for part in names}
+
+    def _ready(self, calls: list[timing.Call], M: int) -> timing.Round:
+        return timing.ready(timing.enough(calls, 2 * M * self.N * self.K, self.device), self.device)
 
     def _records(
         self,
@@ -268,7 +271,7 @@ def figures(t: timing.Timing, bytes_moved: float, flops: float, ceilings: timing
         "seconds_low": t.low,
         "seconds_high": t.high,
         "rounds": t.rounds,
-        "copies": t.calls,
+        "calls": t.calls,
         "bytes": bytes_moved,
         "bytes_per_second": bytes_moved / t.seconds,
         "flops_per_second": flops / t.seconds,

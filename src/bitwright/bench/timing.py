@@ -25,6 +25,8 @@ import torch
 
 ROTATED_BYTES = 250_000_000  # five times the largest L2 in use
 REPEATS = 20
+_CALLS = 12  # of a round at least: the start of a graph takes some microseconds, as do the events around it
+_ROUND_FLOPS = 1e12  # beyond which a round is long enough beside these
 
 Call = Callable[[], object]
 
@@ -80,6 +82,14 @@ class Ceilings:
 def copies(bytes_per_call: float, rotated: int = ROTATED_BYTES) -> int:
     """Copies of what a call reads that together hold `rotated` bytes."""
     return max(1, math.ceil(rotated / bytes_per_call))
+
+
+def enough(calls: Sequence[Call], flops: float, device: torch.device) -> list[Call]:
+    """`calls` of `flops` operations each, on a GPU over and over until a round of them is long beside its start."""
+    if device.type != "cuda":
+        return list(calls)
+    most = max(1, int(_ROUND_FLOPS / (flops * len(calls))))
+    return list(calls) * min(-(-_CALLS // len(calls)), most)
 
 
 def ready(calls: Sequence[Call], device: torch.device | str) -> Round:

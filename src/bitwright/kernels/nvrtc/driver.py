@@ -18,6 +18,7 @@ _PROMOTE_TO_256 = 3  # bytes that L2 fetches at least
 _DYNAMIC_SHARED_MEMORY = 8  # attribute of a function
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _OUT_OF_MEMORY = 2
+_PROGRAMMATIC_SERIALIZATION = 6  # attribute of a launch
 
 
 class DriverError(BitwrightError, RuntimeError):
@@ -28,6 +29,28 @@ class TensorMap(ctypes.Structure):
     """CUtensorMap, as it is passed by value."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * (_MAP_BYTES // 8)),)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 class Kernel:
@@ -45,15 +68,21 @@ class Kernel:
             _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
             _call("cuFuncSetAttribute", self._function, _DYNAMIC_SHARED_MEMORY, shared)
 
-    def __call__(self, blocks: int, threads: int, arguments: list[Any]) -> None:
-        """arguments: ctypes values; they are copied before the call returns."""
+    def __call__(self, blocks: int, threads: int, arguments: list[Any], dependent: bool = False) -> None:
+        """arguments: ctypes values; they are copied before the call returns.
+
+        dependent: programmatic dependent launch; the kernel begins when all blocks of the one before it allow that, and
+        must wait itself (griddepcontrol) before it touches what other kernels write or read.
+        """
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, 1)
         with torch.cuda.device(self._device):
             bind(self._device)
-            stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-            _call(
-                "cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, addresses, None
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            config = _LaunchConfig(
+                blocks, 1, 1, threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(dependent)
             )  # fmt: skip
+            _call("cuLaunchKernelEx", ctypes.byref(config), self._function, addresses, None)
 
 
 def tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> TensorMap:
