@@ -64,6 +64,14 @@ __device__ __forceinline__ void named_sync(u32 name, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// ---- dependent launches ----
+
+// Until the launches before this one have ended and what they wrote can be seen.
+__device__ __forceinline__ void wait_for_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next launch may begin, once all blocks have said so.
+__device__ __forceinline__ void allow_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---- TMA ----
 
 // A box at (column, row) to shared memory of this block.
@@ -82,6 +90,13 @@ __device__ __forceinline__ void bring_all(u32 to, const TensorMap& map, u32 barr
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask)
         : "memory");
+}
+
+// `bytes` that follow each other, a multiple of 16 at multiples of 16.
+__device__ __forceinline__ void bring_run(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 __device__ __forceinline__ void take_away(const TensorMap& map, u32 from, int column, int row) {
@@ -160,6 +175,17 @@ __device__ __forceinline__ Words4 read16(u32 address) {
 __device__ __forceinline__ u32 read4(u32 address) {
     u32 r;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+    return r;
+}
+
+__device__ __forceinline__ void write4(u32 address, u32 value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Two bytes, in both halves of the result.
+__device__ __forceinline__ u32 read2_twice(u32 address) {
+    u32 r;
+    asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; mov.b32 %0, {h, h}; }" : "=r"(r) : "r"(address) : "memory");
     return r;
 }
 
