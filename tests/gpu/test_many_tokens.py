@@ -96,9 +96,13 @@ def test_every_tile(tiles: tuple[int, int, int, int | None, int, int], bits: int
 
 def test_divided_problems_are_divided() -> None:
     assert divide(SHARED_K.M, SHARED_K.N, SHARED_K.K, configuration(SHARED_K), PROCESSORS).numbers
-    assert any(divide(case.M, case.N, case.K, configuration(case), PROCESSORS).whole for case in EXACT)
-    cut = [divide(case.M, case.N, case.K, configuration(case), PROCESSORS) for case in EXACT]
-    assert any(d.whole and d.cuts > 1 for d in cut), "whole tiles and pieces in one launch"
+    forced = [
+        divide(case.M, case.N, case.K, configuration(case, t), PROCESSORS, t[5])
+        for t in TILES
+        for case in of_tile(Case(4, 64))
+    ]
+    assert any(d.whole and d.cuts > 1 for d in forced), "whole tiles and pieces in one launch"
+    assert any(d.items - d.whole > d.blocks for d in forced), "several pieces to a cluster"
 
 
 @pytest.mark.parametrize("case", ONE_HOT, ids=str)

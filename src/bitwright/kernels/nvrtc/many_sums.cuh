@@ -19,7 +19,7 @@ __device__ __forceinline__ bool settle(float (&sums)[BLOCKS][SUMS], float* parti
             __stcg(own + (b * SUMS + i) / 4 * 128,
                    make_float4(sums[b][i], sums[b][i + 1], sums[b][i + 2], sums[b][i + 3]));
         }
-    __threadfence();
+    fence_gpu();
     named_sync(1 + group, 128);
     if (thread == 0) {
         int* counter = counters + (item.left * CLUSTER + (int)rank) * WARPGROUPS + group;
@@ -29,7 +29,7 @@ __device__ __forceinline__ bool settle(float (&sums)[BLOCKS][SUMS], float* parti
     }
     named_sync(1 + group, 128);
     if (read4(flag) == 0) return false;
-    __threadfence();
+    fence_gpu();
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++)
 #pragma unroll

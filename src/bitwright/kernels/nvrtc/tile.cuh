@@ -63,6 +63,6 @@ __device__ __forceinline__ void init_stages(u32 full, u32 empty) {
         fence_async();
     }
     // No block may be written to before its barriers are there, nor after it is gone.
-    if (CLUSTER > 1) cluster_sync();
+    if (CLUSTER > 1) cluster_sync_barriers();
     __syncthreads();
 }
