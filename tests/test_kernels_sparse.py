@@ -301,7 +301,7 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         products = re.findall(rf"IGMMA\.SP\.64x{c.TOKENS}x64\.S8\.S8 R\d+, R\d+, gdesc", code)
         assert len(products) == 2 * c.ROWS // 128
         # A fence of all memory as a stage is given back would cost more than its product.
-        assert code.count("MEMBAR.ALL.GPU") == (2 if c.CLUSTER == 2 else 0), "only where the kernel begins and ends"
+        assert code.count("MEMBAR.ALL.GPU") == (1 if c.CLUSTER == 2 else 0), "only where the kernel ends"
         kind = "" if c.FLOAT16 else r"\.BF16"
         assert bool(re.search(rf"HGMMA\.64x{c.TOKENS}x16\.F32{kind} R\d+, gdesc", code)) == bool(c.OUTLIERS)
         assert "FFMA" not in code, "a product is fused with a sum"

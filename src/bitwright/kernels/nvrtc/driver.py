@@ -85,6 +85,15 @@ class Kernel:
             _call("cuLaunchKernelEx", ctypes.byref(config), self._function, addresses, None)
 
 
+def loading(what: str) -> None:
+    """Before a kernel for `what` is compiled and loaded: DriverError while a graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise DriverError(
+            f"the kernel for {what} is not loaded yet, and cannot be while a graph is captured; run the linear once "
+            "with as many tokens before"
+        )
+
+
 def tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> TensorMap:
     """Of a contiguous matrix at a multiple of 16 bytes, with rows of as many; box (rows, columns).
 

@@ -53,6 +53,15 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same for barriers alone, whose initialization has its own release (fence.mbarrier_init).
+__device__ __forceinline__ void cluster_sync_barriers() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Own accesses of memory before this, and those of others that were seen, before own ones after it, for all of the GPU.
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -63,6 +72,14 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void named_sync(u32 name, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+// ---- dependent launches ----
+
+// Until the launches before this one have ended and what they wrote can be seen.
+__device__ __forceinline__ void wait_for_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next launch may begin, once all blocks have said so.
+__device__ __forceinline__ void allow_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- TMA ----
 
@@ -82,6 +99,13 @@ __device__ __forceinline__ void bring_all(u32 to, const TensorMap& map, u32 barr
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask)
         : "memory");
+}
+
+// `bytes` that follow each other, a multiple of 16 at multiples of 16.
+__device__ __forceinline__ void bring_run(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 __device__ __forceinline__ void take_away(const TensorMap& map, u32 from, int column, int row) {
@@ -160,6 +184,17 @@ __device__ __forceinline__ Words4 read16(u32 address) {
 __device__ __forceinline__ u32 read4(u32 address) {
     u32 r;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+    return r;
+}
+
+__device__ __forceinline__ void write4(u32 address, u32 value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Two bytes, in both halves of the result.
+__device__ __forceinline__ u32 read2_twice(u32 address) {
+    u32 r;
+    asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; mov.b32 %0, {h, h}; }" : "=r"(r) : "r"(address) : "memory");
     return r;
 }
 

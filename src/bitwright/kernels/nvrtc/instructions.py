@@ -12,40 +12,67 @@ __device__ __forceinline__ void {name}({kind} (&d)[{registers}], {parameters}) {
         : {inputs});
 }}
 """
+_FILE = '#pragma once\n#include "hopper.cuh"\n'
 
 
-def header(tokens: int, float16: bool) -> str:
+def sparse_header(tokens: int, float16: bool) -> str:
     """`sparse_product` of 64 sparse rows x 64 columns and `outlier_product` of 64 x 16, both by `tokens` tokens."""
     registers = tokens // 2
-    half = "f16" if float16 else "bf16"
-
-    def product(name: str, kind: str, **rest: str) -> str:
-        return _PRODUCT.format(
-            name=name,
-            kind=kind,
-            registers=registers,
-            of_d=", ".join(f"%{i}" for i in range(registers)),
-            outputs=", ".join(f'"+{"f" if kind == "float" else "r"}"(d[{i}])' for i in range(registers)),
-            **rest,
-        )
-
-    a, b, where = f"{{{', '.join(f'%{registers + i}' for i in range(4))}}}", f"%{registers + 4}", f"%{registers + 5}"
-    sparse = product(
+    sparse = _product(
         "sparse_product",
+        tokens,
         "int",
         what="a kept bytes in four registers, `where` the columns of two that are kept of every four",
         parameters="const u32 (&a)[4], u64 b, u32 where",
         instruction=f"wgmma.mma_async.sp.sync.aligned.m64n{tokens}k64.s32.s8.s8",
-        operands=f"{a}, {b}, {where}, 0, 1",
+        operands=f"{_four(registers)}, %{registers + 4}, %{registers + 5}, 0, 1",
         inputs=", ".join([*(f'"r"(a[{i}])' for i in range(4)), '"l"(b)', '"r"(where)']),
     )
-    outliers = product(
+    outliers = _product(
         "outlier_product",
+        tokens,
         "float",
         what="both in shared memory, 16-bit",
         parameters="u64 a, u64 b",
-        instruction=f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{half}.{half}",
+        instruction=_of_halves(tokens, float16),
         operands=f"%{registers}, %{registers + 1}, 1, 1, 1, 0, 0",
         inputs='"l"(a), "l"(b)',
     )
-    return f"#pragma once\n{sparse}{outliers}"
+    return _FILE + sparse + outliers
+
+
+def weight_header(tokens: int, float16: bool) -> str:
+    """`weight_product` of 64 rows x 16 columns by `tokens` tokens."""
+    registers = tokens // 2
+    return _FILE + _product(
+        "weight_product",
+        tokens,
+        "float",
+        what="a pairs of 16-bit floats in four registers",
+        parameters="const u32 (&a)[4], u64 b",
+        instruction=_of_halves(tokens, float16),
+        operands=f"{_four(registers)}, %{registers + 4}, 1, 1, 1, 0",
+        inputs=", ".join([*(f'"r"(a[{i}])' for i in range(4)), '"l"(b)']),
+    )
+
+
+def _of_halves(tokens: int, float16: bool) -> str:
+    half = "f16" if float16 else "bf16"
+    return f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{half}.{half}"
+
+
+def _four(first: int) -> str:
+    """Four registers from operand `first` on."""
+    return f"{{{', '.join(f'%{first + i}' for i in range(4))}}}"
+
+
+def _product(name: str, tokens: int, kind: str, **rest: str) -> str:
+    registers = tokens // 2
+    return _PRODUCT.format(
+        name=name,
+        kind=kind,
+        registers=registers,
+        of_d=", ".join(f"%{i}" for i in range(registers)),
+        outputs=", ".join(f'"+{"f" if kind == "float" else "r"}"(d[{i}])' for i in range(registers)),
+        **rest,
+    )

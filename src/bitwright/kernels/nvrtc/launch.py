@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bitwright.kernels.int8_fragments import STEP
 from bitwright.kernels.nvrtc.compile import compiled
-from bitwright.kernels.nvrtc.driver import DriverError, Kernel, bind, tensor_map
-from bitwright.kernels.nvrtc.instructions import header
+from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
+from bitwright.kernels.nvrtc.instructions import sparse_header
 from bitwright.kernels.sparse_fragments import block_bytes
 from bitwright.kernels.triton.gemm import machine
 
@@ -71,7 +71,7 @@ class Config:
 
     def cubin(self, *options: str) -> tuple[bytes, str]:
         """(machine code, what the compiler says); more options for it."""
-        headers = (("instructions.cuh", header(self.TOKENS, bool(self.FLOAT16))),)
+        headers = (("instructions.cuh", sparse_header(self.TOKENS, bool(self.FLOAT16))),)
         return compiled("sparse_int8.cu", headers, (*self.options, *options))
 
 
@@ -151,11 +151,7 @@ def linear(
 @lru_cache(maxsize=1024)
 def kernel(config: Config, device: int) -> Kernel:
     """Compiled and loaded at its first use in a process (0.3 to 1 s), which may not be while a graph is captured."""
-    if torch.cuda.is_current_stream_capturing():
-        raise DriverError(
-            f"the kernel for tiles of {config.ROWS} x {config.TOKENS} is not loaded yet, and cannot be while a graph "
-            "is captured; run the linear once with as many tokens before"
-        )
+    loading(f"tiles of {config.ROWS} x {config.TOKENS}")
     return Kernel(config.cubin()[0], "sparse_int8", config.shared, device)
 
 

@@ -10,7 +10,6 @@
 // Macros: BITS of a code (4 or 8), ROWS (128 or 256) and TOKENS of a tile, STAGES (at least 2), CLUSTER (1 or 2 blocks),
 // BAND token tiles, OUTLIERS (0 or 1), FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT (N
 // is a multiple of 8).
-#include "sparse_results.cuh"
 #include "sparse_tile.cuh"
 
 // ---- the warp that brings stages (one thread of it) ----
@@ -19,20 +18,10 @@ struct Maps {
     const TensorMap &weight, &tokens, &weight_outliers, &outliers;
 };
 
-__device__ __forceinline__ void bring_tokens(u32 to, const TensorMap& map, u32 full, int column, int token, u32 rank,
-                                             u32 row_bytes) {
-    if (CLUSTER == 1) {
-        bring(to, map, full, column, token);
-    } else {
-        const u32 first = rank * (TOKENS / CLUSTER);
-        bring_all(to + first * row_bytes, map, full, column, token + (int)first, (u16)((1 << CLUSTER) - 1));
-    }
-}
-
 __device__ __forceinline__ void produce(const Maps& maps, u32 stages, u32 full, u32 empty, const Problem& p, u32 rank) {
     Ring ring;
-    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
-        const Place at = place(p, tile, rank);
+    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p.M, p.N); tile += gridDim.x / CLUSTER) {
+        const Place at = place(p.M, p.N, tile, rank);
         for (int k = 0; k < p.steps; k++, ring.next()) {
             const u32 barrier = full + 8 * ring.stage, stage = stages + ring.stage * STAGE_BYTES;
             barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
@@ -53,11 +42,6 @@ __device__ __forceinline__ void produce(const Maps& maps, u32 stages, u32 full, 
 }
 
 // ---- the warpgroups that multiply ----
-
-__device__ __forceinline__ void give_back(u32 empty, u32 stage) {
-    __syncwarp();
-    if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty + 8 * stage, threadIdx.x % 32);
-}
 
 // Steps in halves: one is made ready while the product of the other runs. (Whole steps take twice the registers for left
 // operands, and were slower.) Ends with a product under way.
@@ -105,8 +89,9 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
                                         u32 slots, u32 full, u32 empty, const Problem& p, u32 rank) {
     const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Ring ring;
-    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p); tile += gridDim.x / CLUSTER) {
-        const Place at = place(p, tile, rank);
+    u32 turn = 0;
+    for (int tile = blockIdx.x / CLUSTER; tile < tiles_of(p.M, p.N); tile += gridDim.x / CLUSTER) {
+        const Place at = place(p.M, p.N, tile, rank);
         int sums[BLOCKS][SUMS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
@@ -125,7 +110,7 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
         products_wait<0>();
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
-        give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
+        give_back(empty, ring.before());
 
         const int first = at.row + 64 * BLOCKS * group, row = first + 16 * warp + lane / 4;
         int of_row[BLOCKS][2];
@@ -174,23 +159,12 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
         products_wait<0>();
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) products_done(y[b]);
-        give_back(empty, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
+        give_back(empty, ring.before());
 #endif
 #if BIAS
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int n = row + 64 * b + 8 * h;
-                const float added = n < p.N ? bias_of(bias, n) : 0.0f;
-#pragma unroll
-                for (int i = 2 * h; i < SUMS; i += 4) {
-                    y[b][i] = __fadd_rn(y[b][i], added);
-                    y[b][i + 1] = __fadd_rn(y[b][i + 1], added);
-                }
-            }
+        add_bias(y, bias, p.N, first);
 #endif
-        write(y, results, out, slots, p, at.token, first);
+        write(y, results, out, slots, turn, p.M, p.N, at.token, first);
     }
 #if TMA_OUT
     if (threadIdx.x % 128 == 0) wait_taken();
@@ -206,20 +180,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
                 int outlier_steps) {
     extern __shared__ unsigned char memory[];
     const u32 stages = (shared_address(memory) + 1023) & ~1023u, slots = stages + STAGES * STAGE_BYTES;
-    const u32 full = slots + (TMA_OUT ? RESULT_BYTES : 0), empty = full + 8 * STAGES;
+    const u32 full = slots + RESULT_BYTES, empty = full + 8 * STAGES;
     const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const Problem problem = {M, N, steps, outlier_steps};
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, 4 * WARPGROUPS * CLUSTER);  // every warp that multiplies gives a stage back
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        fence_async();
-    }
-    // No block may be written to before its barriers are there, nor after it is gone.
-    if (CLUSTER > 1) cluster_sync();
-    __syncthreads();
+    init_stages(full, empty);
     if (threadIdx.x >= 128 * WARPGROUPS) {
         set_registers_down<24>();
         if (threadIdx.x == 128 * WARPGROUPS) {

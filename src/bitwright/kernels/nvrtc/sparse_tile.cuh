@@ -1,44 +1,22 @@
-// Tiles and stages of `sparse_int8.cu`, and its left operand.
+// Stages of `sparse_int8.cu`, its left operand, and sums in the order of roundings of the reference.
 #pragma once
-#include "hopper.cuh"
 #include "instructions.cuh"
+#include "results.cuh"
 
-constexpr int WARPGROUPS = 2, STEP = 128, OUTLIER_STEP = 32, PIECE = 32;
-constexpr int BLOCKS = ROWS / 128;  // of 64 rows, that a warpgroup multiplies
+constexpr int STEP = 128, OUTLIER_STEP = 32;
 constexpr int BLOCK_BYTES = 256 * BITS / 2 + 256;  // 16 rows x 128 columns: kept codes, then where they stood
 constexpr int WEIGHT_BYTES = ROWS / 16 * BLOCK_BYTES, TOKEN_BYTES = TOKENS * STEP;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKEN_BYTES;
 constexpr int OUTLIER_ROW = 2 * OUTLIER_STEP, OUTLIER_BYTES = (ROWS + TOKENS) * OUTLIER_ROW;
-constexpr int SLOT_BYTES = PIECE * 128;  // of results: 32 tokens x 64 outputs
-constexpr int RESULT_BYTES = WARPGROUPS * 2 * SLOT_BYTES;
-constexpr int SUMS = TOKENS / 2;  // registers of a thread for 64 rows
-static_assert(STAGES >= 2, "a step is given back when the next one is under way");
-static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0 && BLOCKS * TOKENS % (2 * PIECE) == 0, "");
+static_assert(OUTLIER_BYTES <= STAGE_BYTES && STAGE_BYTES % 1024 == 0, "");
 
 struct Problem {
     int M, N, steps, outlier_steps;
 };
 
-struct Ring {  // the stages in turn
-    u32 stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
-struct Place {
-    int token, row;  // the first of a tile
-};
-
-__device__ __forceinline__ int tiles_of(const Problem& p) {  // of clusters
-    return (p.M + TOKENS - 1) / TOKENS * ((p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER));
-}
-
-// Bands of BAND token tiles, so that what is read twice is still in L2.
-__device__ __forceinline__ Place place(const Problem& p, int tile, u32 rank) {
-    const int nm = (p.M + TOKENS - 1) / TOKENS, nn = (p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER);
-    const int band = tile / (BAND * nn), rows = min(nm - band * BAND, BAND), inside = tile - band * BAND * nn;
-    return {(band * BAND + inside % rows) * TOKENS, (inside / rows * CLUSTER + (int)rank) * ROWS};
+__device__ __forceinline__ float finished(int sum, int zero, int row_sum, float scale, float weight_scale) {
+    const int exact = (BITS == 4 ? sum >> 4 : sum) - zero * row_sum;  // a sum of 16 * code loses nothing
+    return __fmul_rn(__fmul_rn(__int2float_rn(exact), scale), weight_scale);
 }
 
 // ---- the left operand of a step: BLOCKS of 64 rows, two halves of 64 columns ----

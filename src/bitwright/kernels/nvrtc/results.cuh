@@ -1,11 +1,15 @@
-// What `sparse_int8.cu` does with sums: in the order of roundings of the reference, and on to memory.
+// Results of a tile in float32 registers, on to memory: rounded once, in long rows through shared memory and TMA where
+// rows of `out` begin at multiples of 16 bytes (TMA_OUT), otherwise value by value.
+//
+// Macros: those of tile.cuh, FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT.
 #pragma once
-#include "sparse_tile.cuh"
+#include "tile.cuh"
 
-__device__ __forceinline__ float finished(int sum, int zero, int row_sum, float scale, float weight_scale) {
-    const int exact = (BITS == 4 ? sum >> 4 : sum) - zero * row_sum;  // a sum of 16 * code loses nothing
-    return __fmul_rn(__fmul_rn(__int2float_rn(exact), scale), weight_scale);
-}
+constexpr int PIECE = TOKENS % 32 == 0 ? 32 : 16;  // tokens that are written at a time
+constexpr int PIECES = BLOCKS * (TOKENS / PIECE);  // of a warpgroup
+constexpr int SLOT_BYTES = PIECE * 128;            // of results: PIECE tokens x 64 outputs
+constexpr int RESULT_BYTES = TMA_OUT ? WARPGROUPS * 2 * SLOT_BYTES : 0;
+static_assert(TOKENS % PIECE == 0, "tokens come in sixteens");
 
 __device__ __forceinline__ u32 rounded(float low, float high) {
     u32 r;
@@ -29,17 +33,34 @@ __device__ __forceinline__ float bias_of(const void* bias, int row) {
 #endif
 }
 
-// Results [64 * BLOCKS rows, tokens] of a warpgroup to out [tokens, rows].
+// row: the first of the warpgroup.
+__device__ __forceinline__ void add_bias(float (&y)[BLOCKS][SUMS], const void* bias, int N, int row) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int n = row + 64 * b + 16 * warp + lane / 4 + 8 * h;
+            const float added = n < N ? bias_of(bias, n) : 0.0f;
+#pragma unroll
+            for (int i = 2 * h; i < SUMS; i += 4) {
+                y[b][i] = __fadd_rn(y[b][i], added);
+                y[b][i + 1] = __fadd_rn(y[b][i + 1], added);
+            }
+        }
+}
+
+// Results [64 * BLOCKS rows, tokens] of a warpgroup to out [tokens, rows]. turn: of the two slots the next one, 0 at first.
 __device__ __forceinline__ void write(const float (&y)[BLOCKS][SUMS], const TensorMap& map, u16* out, u32 slots,
-                                      const Problem& p, int token, int row) {
+                                      u32& turn, int M, int N, int token, int row) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #if TMA_OUT
     const u32 group = threadIdx.x / 128, matrix = lane / 8;
     const u32 line = 8 * (matrix / 2) + lane % 8, chunk = (2 * warp + matrix % 2) ^ (line & 7);
 #pragma unroll
-    for (int piece = 0; piece < BLOCKS * TOKENS / PIECE; piece++) {
+    for (int piece = 0; piece < PIECES; piece++) {
         const int b = piece % BLOCKS, first = piece / BLOCKS * (PIECE / 8);  // rows; tokens in eights
-        const u32 slot = slots + (2 * group + piece % 2) * SLOT_BYTES;
+        const u32 slot = slots + (2 * group + (piece + turn) % 2) * SLOT_BYTES;
 #pragma unroll
         for (int j = 0; j < PIECE / 8; j += 2) {
             const float* v = &y[b][4 * (first + j)];
@@ -52,6 +73,7 @@ __device__ __forceinline__ void write(const float (&y)[BLOCKS][SUMS], const Tens
         named_sync(1 + group, 128);
         if (threadIdx.x % 128 == 0) take_away(map, slot, row + 64 * b, token + 8 * first);
     }
+    turn = (turn + PIECES) % 2;
 #else
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++)
@@ -59,8 +81,8 @@ __device__ __forceinline__ void write(const float (&y)[BLOCKS][SUMS], const Tens
         for (int i = 0; i < SUMS; i += 2) {
             const int n = row + 64 * b + 16 * warp + lane / 4 + 4 * (i & 2), m = token + i / 4 * 8 + lane % 4 * 2;
             const u32 both = rounded(y[b][i], y[b][i + 1]);
-            if (n < p.N && m < p.M) out[(u64)m * p.N + n] = (u16)both;
-            if (n < p.N && m + 1 < p.M) out[(u64)(m + 1) * p.N + n] = (u16)(both >> 16);
+            if (n < N && m < M) out[(u64)m * N + n] = (u16)both;
+            if (n < N && m + 1 < M) out[(u64)(m + 1) * N + n] = (u16)(both >> 16);
         }
 #endif
 }

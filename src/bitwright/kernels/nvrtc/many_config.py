@@ -1,0 +1,187 @@
+"""Tiles and the division of work for the Hopper kernel of many tokens, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import torch
+
+from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS
+from bitwright.kernels.nvrtc.compile import compiled
+from bitwright.kernels.nvrtc.instructions import weight_header
+
+SHARED_MEMORY = 227 << 10  # bytes of a block
+ALIGNMENT = 1024  # of stages in shared memory
+_WARPGROUPS = 2
+_MOST_CUTS = 16  # pieces of a tile
+# What a tile costs, in clocks of a processor. By reason, from what the hardware reaches at best:
+_RATE = 32  # numbers of a tile that 64 columns are multiplied for in a clock
+_WEIGHT_COST = 24  # tokens, whose products take as long as the weights take to be made
+_TOKEN_COST = {1: 24, 2: 12, 4: 8}  # rows, the same of tokens to be brought, by blocks of a cluster
+_MOST_TOKENS = {128: 256, 256: 160}  # whose sums fit into registers beside the left operands, by rows of a tile
+_LEAST_TOKENS, _PIECE = 64, 16
+_CROWDED = 256 * 144  # numbers of a tile, beyond which left operands are made for 16 columns at a time
+_START, _RESULT_RATE = 1200, 20  # of a tile: the first product and the last; numbers written in a clock
+_PIECE_START, _PIECE_RATE = 2000, 10  # of pieces: latencies of memory; numbers written or read in a clock
+
+
+@dataclass(frozen=True)
+class Config:
+    """Macros of `many_tokens.cu`; there is what they mean. STAGES: None = as many as fit."""
+
+    BITS: int
+    FLOAT16: int
+    ASYM: int
+    GROUPS: int
+    BIAS: int
+    TMA_OUT: int
+    ROWS: int
+    TOKENS: int
+    CLUSTER: int = 2
+    CHUNKS: int = 2
+    BAND: int = 16
+    STAGES: int | None = None
+
+    @property
+    def piece(self) -> int:
+        """Tokens of results that are written at a time."""
+        return _PIECE if self.TOKENS % (2 * _PIECE) else 2 * _PIECE
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of a step: tokens and words, then scales and zero points, two barriers."""
+        words = self.ROWS // ROWS * sum(WORDS[self.BITS]) * 4
+        return self.TOKENS * COLUMNS * 2 + words + (1 + self.ASYM) * self.GROUPS * self.ROWS * 2 + 16
+
+    @property
+    def stages(self) -> int:
+        """In shared memory."""
+        return self.STAGES or (SHARED_MEMORY - self._beside) // self.stage_bytes
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory, what alignment may take included."""
+        return self._beside + self.stages * self.stage_bytes
+
+    @property
+    def _beside(self) -> int:
+        results = _WARPGROUPS * 2 * self.piece * 128 if self.TMA_OUT else 0
+        return ALIGNMENT + results + 4 * _WARPGROUPS
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For the compiler."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"STAGES": self.stages}
+        return tuple(f"-D{name}={int(value)}" for name, value in values.items())
+
+    def cubin(self, *options: str) -> tuple[bytes, str]:
+        """(machine code, what the compiler says); more options for it."""
+        headers = (("instructions.cuh", weight_header(self.TOKENS, bool(self.FLOAT16))),)
+        return compiled("many_tokens.cu", headers, (*self.options, *options))
+
+    def clusters(self, M: int, N: int) -> int:
+        """Tiles, each one of every block of a cluster, of M tokens by N outputs."""
+        return -(-M // self.TOKENS) * -(-N // (self.ROWS * self.CLUSTER))
+
+
+@dataclass(frozen=True)
+class Division:
+    """How `blocks` blocks share the tiles of clusters: the first `whole` one by one, the rest in `cuts` pieces each.
+
+    items: tiles and pieces, which clusters take in turns. counters, numbers: int32 and float32 of workspace.
+    """
+
+    blocks: int
+    whole: int
+    cuts: int
+    items: int
+    counters: int
+    numbers: int
+
+
+@lru_cache(maxsize=4096)
+def divide(M: int, N: int, K: int, config: Config, processors: int, cuts: int | None = None) -> Division:
+    """Whole tiles in rounds over all clusters; what is left after full rounds is cut along K where that is faster.
+
+    cuts: pieces of each of these, instead of what `estimate` makes of it.
+    """
+    clusters, tiles = processors // config.CLUSTER, config.clusters(M, N)
+    steps = -(-K // COLUMNS)
+    left = tiles % clusters
+    if cuts is None:
+        cuts = min(range(1, _MOST_CUTS + 1), key=lambda cuts: estimate(M, N, K, config, processors, cuts))
+    cuts = min(cuts, steps)
+    if cuts == 1 or left == 0:
+        return Division(min(tiles, clusters) * config.CLUSTER, tiles, 1, tiles, 0, 0)
+    items = tiles - left + left * cuts
+    return Division(
+        blocks=min(items, clusters) * config.CLUSTER,
+        whole=tiles - left,
+        cuts=cuts,
+        items=items,
+        counters=left * config.CLUSTER * _WARPGROUPS,
+        numbers=left * cuts * config.CLUSTER * config.ROWS * config.TOKENS,
+    )
+
+
+def estimate(M: int, N: int, K: int, config: Config, processors: int, cuts: int) -> float:
+    """Clocks that the product takes, with tiles that are left after full rounds in `cuts` pieces."""
+    clusters, numbers = processors // config.CLUSTER, config.ROWS * config.TOKENS
+    steps = -(-K // COLUMNS)
+    step = (config.ROWS + _TOKEN_COST[config.CLUSTER]) * (config.TOKENS + _WEIGHT_COST) / _RATE
+    rounds, left = divmod(config.clusters(M, N), clusters)
+    cuts = min(cuts, steps)
+    time = rounds * (steps * step + _START + numbers / _RESULT_RATE)
+    if left == 0:
+        return time
+    time += -(-left * cuts // clusters) * (-(-steps // cuts) * step + _START) + numbers / _RESULT_RATE
+    if cuts > 1:
+        time += _PIECE_START + (1 + cuts) * numbers / _PIECE_RATE
+    return time
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    asymmetric: bool,
+    bias: bool,
+    processors: int,
+) -> Config:
+    """The configuration that `estimate` finds fastest, for M > 0 and N > 0."""
+    config = Config(
+        BITS=bits,
+        FLOAT16=int(dtype == torch.float16),
+        ASYM=int(asymmetric),
+        GROUPS=1 if group_size >= min(COLUMNS, K) else COLUMNS // group_size,
+        BIAS=int(bias),
+        TMA_OUT=int(N % 8 == 0),
+        ROWS=128,
+        TOKENS=256,
+    )
+
+    def time(c: Config) -> float:
+        cuts = divide(M, N, K, c, processors).cuts
+        return estimate(M, N, K, c, processors, cuts)
+
+    return min(tiles(config, N, processors), key=time)
+
+
+def tiles(config: Config, N: int, processors: int) -> Iterator[Config]:
+    """`config` with every tile and cluster that suits N outputs; of those that take as long the first is preferred."""
+    for rows, most in _MOST_TOKENS.items():
+        for cluster in (2, 1):
+            if cluster == 1 or (processors >= cluster and rows < N):
+                for tokens in range(most, _LEAST_TOKENS - 1, -_PIECE):
+                    yield tile(config, rows, tokens, cluster)
+
+
+def tile(config: Config, rows: int, tokens: int, cluster: int) -> Config:
+    """`config` with another tile, its operands made in the parts that leave registers for the sums."""
+    return replace(config, ROWS=rows, TOKENS=tokens, CLUSTER=cluster, CHUNKS=1 if rows * tokens > _CROWDED else 2)

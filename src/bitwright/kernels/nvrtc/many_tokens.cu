@@ -1,0 +1,158 @@
+// Packed weights times 16-bit activations of many tokens: out = x W^T + bias.
+//
+// One warp brings stages by TMA, two warpgroups multiply, each half the rows of a tile by TOKENS tokens. The weight is
+// the left operand and comes from registers: words of codes (`kernels.fragments`) become pairs of 16-bit floats, times
+// the scales of their group with one rounding, while the product before them runs. Blocks of a cluster have the same
+// tokens; each brings a part of them to all. A block walks over tiles: the next one's stages arrive while results leave.
+// Tiles that are left after full rounds may be cut along K into pieces (`many_sums.cuh`).
+//
+// It may be launched before the kernel before it has ended: words and scales of the first stages are on their way before
+// the wait for that kernel. What the warpgroups read or write in memory comes after a stage that is full, hence after it.
+//
+// Macros: BITS of a code (2, 3, 4 or 8), FLOAT16 (0: bfloat16), ASYM (with zero points), GROUPS of scales in 64 columns
+// (1 or 2), ROWS (128 or 256) and TOKENS (a multiple of 16) of a tile, CHUNKS of 16 columns whose operands are made at a
+// time (1 or 2), STAGES, CLUSTER (1, 2 or 4 blocks), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8).
+#include "many_sums.cuh"
+#include "many_tile.cuh"
+
+// ---- the warp that brings stages (one thread of it) ----
+
+struct Source {
+    const unsigned char *first, *second;  // words
+    const TensorMap &scale, &zero, &tokens;
+};
+
+// Everything but tokens: what no earlier kernel writes.
+__device__ __forceinline__ void bring_weights(const Source& from, const Memory& m, const Problem& p, u32 stage, int row,
+                                              int step) {
+    const u32 full = m.full + 8 * stage, words = m.stages + stage * STAGE_BYTES + TOKEN_BYTES;
+    const u32 scales = m.scales + stage * SCALE_BYTES;
+    barrier_expect(full, STAGE_BYTES + SCALE_BYTES);
+#pragma unroll
+    for (int b = 0; b < BANDS; b++) {
+        const u64 at = (u64)min(row / 64 + b, p.bands - 1) * p.steps + step;  // rows past the end are not written
+        bring_run(words + b * 4 * BLOCK_BYTES, from.first + at * (4 * BLOCK_BYTES), 4 * BLOCK_BYTES, full);
+        if (SECOND_BYTES) {
+            bring_run(words + FIRST_BYTES + b * 4 * SECOND_BYTES, from.second + at * (4 * SECOND_BYTES),
+                      4 * SECOND_BYTES, full);
+        }
+    }
+    const int group = GROUPS == 1 ? step * COLUMNS / p.group_size : GROUPS * step;
+    bring(scales, from.scale, full, row, group);
+    if (ASYM) bring(scales + GRID_BYTES, from.zero, full, row, group);
+}
+
+__device__ __forceinline__ void produce(const Source& from, const Memory& m, const Problem& p, u32 rank) {
+    const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    const Item begin = item_of(p, cluster);
+    const int ahead = min(begin.steps(), STAGES);
+    for (int k = 0; k < ahead; k++) {
+        bring_weights(from, m, p, k, place(p.M, p.N, begin.tile, rank).row, begin.first + k);
+    }
+    wait_for_launches();
+    allow_launch();
+    Ring ring;
+    int brought = 0;
+    for (int i = cluster; i < p.items; i += clusters) {
+        const Item item = item_of(p, i);
+        const Place at = place(p.M, p.N, item.tile, rank);
+        for (int k = item.first; k < item.end; k++, ring.next()) {
+            const u32 stage = ring.stage;
+            if (brought++ >= ahead) {
+                barrier_wait(m.empty + 8 * stage, ring.parity ^ 1);
+                bring_weights(from, m, p, stage, at.row, k);
+            }
+            bring_tokens(m.stages + stage * STAGE_BYTES, from.tokens, m.full + 8 * stage, k * COLUMNS, at.token, rank,
+                         TOKEN_ROW);
+        }
+    }
+}
+
+// ---- the warpgroups that multiply ----
+
+// Part by part: one is made ready while the product of the one before runs. Ends with a product under way.
+template <int part>
+__device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&left)[2], Step& step, Ring& ring,
+                                          const Memory& m, bool begins, bool more) {
+    multiply<part>(sums, left[part % 2], m.stages + ring.stage * STAGE_BYTES);
+    if constexpr (part + 1 < PARTS) {
+        products_wait<1>();
+        if (part == 0 && !begins) give_back(m.empty, ring.before());
+        set_left<part + 1>(left[(part + 1) % 2], step);
+        add_parts<part + 1>(sums, left, step, ring, m, begins, more);
+    } else {
+        ring.next();
+        if (more) {
+            barrier_wait(m.full + 8 * ring.stage, ring.parity);
+            read_step(step, m, ring.stage);
+        }
+        products_wait<1>();
+        set_left<0>(left[0], step);
+    }
+}
+
+__device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], Ring& ring, const Memory& m, int steps) {
+    Step step;
+    Left left[2];
+    barrier_wait(m.full + 8 * ring.stage, ring.parity);
+    read_step(step, m, ring.stage);
+    set_left<0>(left[0], step);
+    for (int k = 0; k < steps; k++) add_parts<0>(sums, left, step, ring, m, k == 0, k + 1 < steps);
+}
+
+__device__ __forceinline__ void consume(const TensorMap& results, u16* out, const void* bias, float* partial,
+                                        int* counters, const Memory& m, const Problem& p, u32 rank) {
+    Ring ring;
+    u32 turn = 0;
+    for (int i = blockIdx.x / CLUSTER; i < p.items; i += gridDim.x / CLUSTER) {
+        const Item item = item_of(p, i);
+        const Place at = place(p.M, p.N, item.tile, rank);
+        const int first = at.row + 64 * BLOCKS * (threadIdx.x / 128);
+        float sums[BLOCKS][SUMS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+            for (int j = 0; j < SUMS; j++) sums[b][j] = 0.0f;
+        add_products(sums, ring, m, item.steps());
+        products_wait<0>();
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
+        give_back(m.empty, ring.before());
+        if (item.steps() < p.steps && !settle(sums, partial, counters, m, p, item, rank)) continue;
+#if BIAS
+        add_bias(sums, bias, p.N, first);
+#endif
+        write(sums, results, out, m.slots, turn, p.M, p.N, at.token, first);
+    }
+#if TMA_OUT
+    if (threadIdx.x % 128 == 0) wait_taken();
+#endif
+}
+
+// In clusters of CLUSTER blocks; first, second: words of codes (the second of 3 bits only).
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+    many_tokens(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap scale,
+                const __grid_constant__ TensorMap zero, const __grid_constant__ TensorMap results,
+                const unsigned char* first, const unsigned char* second, const void* bias, u16* out, float* partial,
+                int* counters, int M, int N, int bands, int steps, int group_size, int whole, int cuts, int items) {
+    extern __shared__ unsigned char memory[];
+    Memory m;
+    m.stages = (shared_address(memory) + 1023) & ~1023u;
+    m.slots = m.stages + STAGES * STAGE_BYTES;
+    m.scales = m.slots + RESULT_BYTES;
+    m.full = m.scales + STAGES * SCALE_BYTES;
+    m.empty = m.full + 8 * STAGES;
+    m.flags = m.empty + 8 * STAGES;
+    const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const Problem problem = {M, N, bands, steps, group_size, whole, cuts, items};
+    init_stages(m.full, m.empty);
+    if (threadIdx.x >= 128 * WARPGROUPS) {
+        set_registers_down<40>();
+        if (threadIdx.x == 128 * WARPGROUPS) produce({first, second, scale, zero, tokens}, m, problem, rank);
+        __syncwarp();
+    } else {
+        set_registers_up<232>();
+        consume(results, out, bias, partial, counters, m, problem, rank);
+    }
+    if (CLUSTER > 1) cluster_sync();
+}

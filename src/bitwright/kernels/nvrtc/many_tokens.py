@@ -1,0 +1,70 @@
+"""Launching the Hopper kernel for packed weights and many tokens: tensor maps, workspace, division of work."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitwright.kernels.fragments import COLUMNS, Fragments
+from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
+from bitwright.kernels.nvrtc.many_config import Config, choose, divide
+from bitwright.kernels.triton.gemm import machine
+from bitwright.kernels.workspace import zeros
+
+__all__ = ["Config", "choose", "divide", "kernel", "linear"]
+
+_THREADS = 384
+
+
+def linear(
+    x: Tensor, fragments: Fragments, bias: Tensor | None = None, config: Config | None = None, cuts: int | None = None
+) -> Tensor:
+    """x Wᵀ + bias for x [M, K] bf16 or fp16; returns [M, N] in the dtype of x.
+
+    Scales, zero points and bias must have that dtype, group_size be 32, a multiple of 64, or K. config, cuts: instead
+    of what `choose` and `divide` give.
+    """
+    f, M = fragments, x.shape[0]
+    out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
+    if M == 0 or f.N == 0:
+        return out
+    bind(x.device.index)
+    processors = machine(x.device)[1]
+    asymmetric = f.zero is not None
+    c = config or choose(M, f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, bias is not None, processors)
+    d = divide(M, f.N, f.K, c, processors, cuts)
+    if f.K % 8:
+        x = pad(x, (0, -f.K % 8))  # TMA wants rows to begin at multiples of 16 bytes
+    elif x.data_ptr() % 16:
+        x = x.clone()
+    counters = zeros(d.counters, x.device)
+    partial = torch.empty(d.numbers, dtype=torch.float32, device=x.device)
+    bands, steps = f.words[0].shape[:2]
+    tokens = tensor_map(x, (c.TOKENS // c.CLUSTER, COLUMNS), 128)
+    scale = tensor_map(f.scale, (c.GROUPS, c.ROWS), 0)
+    zero = scale if f.zero is None else tensor_map(f.zero, (c.GROUPS, c.ROWS), 0)
+    results = tensor_map(out, (c.piece, 64), 128) if c.TMA_OUT else tokens
+    pointers = (f.words[0], f.words[-1], out if bias is None else bias, out, partial, counters)
+    numbers = (M, f.N, bands, steps, f.group_size, d.whole, d.cuts, d.items)
+    kernel(c, x.device.index)(
+        d.blocks,
+        _THREADS,
+        [
+            tokens, scale, zero, results,
+            *(ctypes.c_void_p(p.data_ptr()) for p in pointers),
+            *map(ctypes.c_int, numbers),
+        ],
+        dependent=True,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=1024)
+def kernel(config: Config, device: int) -> Kernel:
+    """Compiled and loaded at its first use in a process (0.6 s), which may not be while a graph is captured."""
+    loading(f"tiles of {config.ROWS} x {config.TOKENS}")
+    return Kernel(config.cubin()[0], "many_tokens", config.shared, device)
