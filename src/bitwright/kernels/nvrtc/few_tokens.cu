@@ -56,40 +56,6 @@ struct Ring {  // the stages in turn
     }
 };
 
-// One thread of a warp; the compiler knows that it is alone, and keeps addresses of TMA in uniform registers.
-__device__ __forceinline__ bool elected() {
-    u32 yes;
-    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p; }" : "=r"(yes));
-    return yes != 0;
-}
-
-__device__ __forceinline__ void fetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-// As `named_sync`, without waiting.
-__device__ __forceinline__ void named_arrive(u32 name, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void write16(u32 address, float a, float b, float c, float d) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void bring_run(u32 to, const unsigned char* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ Slot slot_at(const Slot* slots, const Problem& p, int slot) {
 #if EXPERTS
     return slots[min(slot, MOST_SLOTS - 1)];
@@ -164,9 +130,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Operands& o, con
     // The other warps do not wait: what they touch in memory follows a stage that is full, which none is before its
     // tokens came. A block without work waits all the same, since the next launch counts on it.
     wait_for_launches();
-#if EARLY
-    allow_next_launch();
-#endif
+    allow_launch();
     Ring ring;
     for (; tokens.unit < last; ring.next(), next(tokens, slots, p)) {
         const u32 barrier = full + 8 * ring.stage, stage = stages + ring.stage * STAGE_BYTES;
@@ -178,11 +142,6 @@ __device__ __forceinline__ void produce(const Maps& maps, const Operands& o, con
         for (int c = 0; c < COLUMNS; c++)
             bring(stage + c * (TOKENS * 128), maps.tokens, barrier, tokens.step * STEP + 64 * c, tokens.at.first);
     }
-    // Not before: what the next launch brings beforehand is to arrive while this one adds up and ends, when memory has
-    // nothing else to do.
-#if !EARLY
-    allow_next_launch();
-#endif
 }
 
 // ---- the warps that multiply ----
@@ -206,12 +165,6 @@ __device__ __forceinline__ void product(float (&d)[4], const u32 (&a)[4], u32 b0
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
                    "f"(c[3]));
-}
-
-__device__ __forceinline__ u32 read2(u32 address) {
-    u16 r;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(address) : "memory");
-    return r;
 }
 
 __device__ __forceinline__ float number_of(u32 bits) {
@@ -417,7 +370,7 @@ __device__ __forceinline__ void consume(u16* out, const u16* bias, Four* exchang
             barrier_wait(full + 8 * ring.stage, ring.parity);
             add_step(sums, stages + ring.stage * STAGE_BYTES);
             __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(empty + 8 * ring.stage);
+            if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
         }
         if (TEAMS > 1) {
             gather(sums, given, piece);
@@ -469,7 +422,7 @@ __device__ __forceinline__ int find_slots(Slot* slots, const int* offsets, int e
 
 // out [M, N] = x Wᵀ + bias, of M tokens at most TOKENS; of a stack, rows offsets[e] ... offsets[e + 1] - 1 of x meet
 // weight e. exchange: zeros, left zero, ROWS * TOKENS for every block.
-extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, HELD > 113 ? 1 : 2)
+extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, 1)
     few_tokens(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap scale,
                const __grid_constant__ TensorMap zero, const unsigned char* words, const unsigned char* second, u16* out,
                const u16* bias, Four* exchange, const int* offsets, int experts, int M, int N, int K, int bands,
@@ -481,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, HELD > 113 ? 1 : 2
     const u32 stages = (shared_address(memory) + 1023) & ~1023u, full = stages + STAGES * STAGE_BYTES;
     const u32 empty = full + 8 * STAGES;
     const u32 given = empty + 8 * STAGES;
-    const bool brings = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == WARPS;
+    const bool brings = warp_number() == WARPS;
     if (brings) {
         if (elected()) {
             fetch_map(scale);

@@ -16,7 +16,7 @@ from bitwright.kernels.nvrtc.driver import DriverError, Kernel, bind, tensor_map
 from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
 
-SHARED_MEMORY = 113 << 10  # bytes of a block, so that two blocks fit on a processor
+SHARED_MEMORY = 150 << 10  # bytes of a block: one fits on a processor, and with it what runs between linears
 MOST_TOKENS = 16  # up to which it is faster than the Gluon kernel
 MOST_SLOTS = 256  # token tiles of all experts that fit into shared memory
 _SLOT_BYTES = 12
@@ -40,8 +40,6 @@ class Config:
     BLOCKS: int = 1
     COLUMNS: int = 8
     STAGES: int | None = None
-    EARLY: int = 1
-    HELD: int = 200
 
     @property
     def rows(self) -> int:
@@ -68,7 +66,7 @@ class Config:
     @property
     def stages(self) -> int:
         """In shared memory."""
-        return self.STAGES or ((self.HELD << 10) - _ALIGNMENT - self._rest) // (self.stage_bytes + 16)
+        return self.STAGES or (SHARED_MEMORY - _ALIGNMENT - self._rest) // (self.stage_bytes + 16)
 
     @property
     def shared(self) -> int:

@@ -32,6 +32,11 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
         : "memory");
 }
 
+// At one of this block.
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
     u32 passed;
     asm volatile(
@@ -68,9 +73,25 @@ __device__ __forceinline__ u32 cluster_rank() {
     return rank;
 }
 
+// One thread of a warp. The compiler knows that it is alone: it keeps addresses of TMA in uniform registers, which took a
+// loop for each without.
+__device__ __forceinline__ bool elected() {
+    u32 yes;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p; }" : "=r"(yes));
+    return yes != 0;
+}
+
+// The number of a warp, the same for all its threads as the compiler sees it.
+__device__ __forceinline__ u32 warp_number() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
 // Of the threads that name it, which are `threads` many.
 __device__ __forceinline__ void named_sync(u32 name, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// As `named_sync`, without waiting.
+__device__ __forceinline__ void named_arrive(u32 name, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 // ---- dependent launches ----
@@ -82,6 +103,11 @@ __device__ __forceinline__ void wait_for_launches() { asm volatile("griddepcontr
 __device__ __forceinline__ void allow_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- TMA ----
+
+// A map is fetched when it is first used, unless it was before.
+__device__ __forceinline__ void fetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 
 // A box at (column, row) to shared memory of this block.
 __device__ __forceinline__ void bring(u32 to, const TensorMap& map, u32 barrier, int column, int row) {
@@ -189,6 +215,16 @@ __device__ __forceinline__ u32 read4(u32 address) {
 
 __device__ __forceinline__ void write4(u32 address, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 read2(u32 address) {
+    u16 r;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(address) : "memory");
+    return r;
+}
+
+__device__ __forceinline__ void write16(u32 address, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 // Two bytes, in both halves of the result.

@@ -148,7 +148,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     init_stages(m.full, m.empty);
     if (threadIdx.x >= 128 * WARPGROUPS) {
         set_registers_down<40>();
-        if (threadIdx.x == 128 * WARPGROUPS) produce({first, second, scale, zero, tokens}, m, problem, rank);
+        if (warp_number() == 4 * WARPGROUPS && elected()) produce({first, second, scale, zero, tokens}, m, problem, rank);
         __syncwarp();
     } else {
         set_registers_up<232>();

@@ -186,7 +186,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     init_stages(full, empty);
     if (threadIdx.x >= 128 * WARPGROUPS) {
         set_registers_down<24>();
-        if (threadIdx.x == 128 * WARPGROUPS) {
+        if (warp_number() == 4 * WARPGROUPS && elected()) {
             produce({weight, tokens, weight_outliers, outliers}, stages, full, empty, problem, rank);
         }
         __syncwarp();
