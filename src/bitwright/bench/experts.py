@@ -35,7 +35,7 @@ from bitwright.bench.peers import DENSE, LIMITS
 from bitwright.bench.records import FAILED, OK, WRONG, Record, failure, stamp
 from bitwright.errors import BitwrightError
 from bitwright.kernels import fragments, ops
-from bitwright.kernels.cuda import GluonWeight, TritonWeight
+from bitwright.kernels.cuda import GluonWeight, HopperWeight, TritonWeight
 from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.problem import Problem, cuda_features
 from bitwright.scheme import Scheme
@@ -185,7 +185,7 @@ class _Point:
         s = self.stack
         features = cuda_features(self.device)
         problem = Problem(s.N, s.K, self.scheme, self.dtype, s.scale.dtype, "cuda", features)
-        return [kind.NAME for kind in (GluonWeight, TritonWeight) if kind.refuse(problem) is None]
+        return [kind.NAME for kind in (HopperWeight, GluonWeight, TritonWeight) if kind.refuse(problem) is None]
 
     def _ours(self, s: Fragments, kernel: str) -> Product:
         x, offsets, words = self.x, self.routing.offsets, list(s.words)

@@ -1,9 +1,9 @@
 """Packed linears on an NVIDIA GPU: weights in fragment order, one operator call per linear, bias included.
 
-Two kernels read the same words. The Gluon one is written for Hopper (asynchronous copies, warpgroup products with the
-weight in registers); the Triton one runs on every GPU that Triton compiles for. Above some number of tokens both lose
-to a temporary 16-bit weight and cuBLAS, because what they save is the reading of weights, and that is spread over ever
-more tokens; `gemm_above` says from where.
+All kernels read the same words. Those for Hopper have asynchronous copies and the weight in registers: the Gluon one
+takes any number of tokens, and those in CUDA C++ (`hopper`) some numbers of tokens faster. The Triton one runs on every
+GPU that Triton compiles for; above some number of tokens it loses to a temporary 16-bit weight and cuBLAS, because what
+it saves is the reading of weights, and that is spread over ever more tokens; `gemm_above` says from where.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch import Tensor
 
 from bitwright.kernels.fragments import BAND, COLUMNS, Fragments, dequantize_rows, pack
 from bitwright.kernels.ops import DEQUANTIZE, fragment_dequantize, fragment_linear
-from bitwright.kernels.problem import GLUON, GLUON_VERSIONS, HOPPER, TRITON, Implementation, Problem
+from bitwright.kernels.problem import (
+    GLUON,
+    GLUON_VERSIONS,
+    HOPPER,
+    NVRTC,
+    NVRTC_MISSING,
+    TRITON,
+    Implementation,
+    Problem,
+)
 from bitwright.qtensor import QuantizedTensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -110,6 +119,20 @@ class GluonWeight(FragmentWeight):
         return None
 
 
+class HopperWeight(GluonWeight):
+    """The same with kernels in CUDA C++ for the numbers of tokens that these take faster."""
+
+    NAME = "hopper"
+    _WHAT = "Hopper kernels with the weight in registers, for few tokens and for many,"
+
+    @classmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        refusal = super().refuse(problem)
+        if refusal is None and NVRTC not in problem.features:
+            return NVRTC_MISSING
+        return refusal
+
+
 class TritonWeight(FragmentWeight):
     """Any GPU with Triton, scales of any dtype."""
 
@@ -129,7 +152,7 @@ class TritonWeight(FragmentWeight):
 
 def gemm_above(problem: Problem, kernel: str) -> int | None:
     """Tokens above which a temporary 16-bit weight and cuBLAS are faster than `kernel`; None where they never are."""
-    return None if kernel == GluonWeight.NAME else 128
+    return None if kernel in (HopperWeight.NAME, GluonWeight.NAME) else 128
 
 
 def _listed(versions: Sequence[tuple[int, int]]) -> str:

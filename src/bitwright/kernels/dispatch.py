@@ -12,7 +12,7 @@ import torch
 
 from bitwright.errors import SchemeError
 from bitwright.kernels.cpu import Int4Weight, Int8Dynamic, Int8Weight
-from bitwright.kernels.cuda import GluonWeight, TritonWeight
+from bitwright.kernels.cuda import GluonWeight, HopperWeight, TritonWeight
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.problem import GLUON, HOPPER, Implementation, PackedWeight, Problem
@@ -30,6 +30,7 @@ IMPLEMENTATIONS: tuple[type[Implementation], ...] = (
     Int8Exact,
     Int8Weight,
     Int4Weight,
+    HopperWeight,
     GluonWeight,
     TritonWeight,
     DequantizedWeight,

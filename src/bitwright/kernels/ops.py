@@ -1,9 +1,9 @@
 """Every operator that torch knows of us: schemas, shapes for tracing, and which code runs them.
 
 An operator call is opaque to torch.compile and to CUDA graphs alike, and costs a few microseconds; so there is one per
-linear, with the bias in it. `kernel` says what runs on a GPU: "gluon" (Hopper), "triton" (any), or "dequantize" (a
-temporary 16-bit weight and cuBLAS: the best there is for many tokens); `cuda` chooses, not this file. On a CPU every
-kernel is the same slow and obvious program.
+linear, with the bias in it. `kernel` says what runs on a GPU: "hopper" (Hopper, with a compiler for CUDA C++), "gluon"
+(Hopper), "triton" (any), or "dequantize" (a temporary 16-bit weight and cuBLAS); `cuda` chooses, not this file. On a
+CPU every kernel is the same slow and obvious program.
 
 Kernels are imported at their first call: importing this file loads neither Triton nor CUDA.
 """
@@ -22,6 +22,7 @@ from bitwright.kernels import fragments as slow
 from bitwright.kernels.fragments import BAND, COLUMNS, ROWS, Fragments
 
 _HALF = (torch.bfloat16, torch.float16)
+_HOPPER = ("hopper", "gluon")
 DEQUANTIZE = "dequantize"  # the kernel that is a temporary weight and cuBLAS
 
 _library = torch.library.Library("bitwright", "DEF")
@@ -164,7 +165,7 @@ def _fake_dequantize(
 
 def _check(x: Tensor, scale: Tensor, kernel: str) -> None:
     """Kernels read the bits of x and of the scales as they are: a wrong dtype would give wrong numbers in silence."""
-    if x.dtype not in _HALF or scale.dtype not in ((x.dtype,) if kernel == "gluon" else (x.dtype, torch.float32)):
+    if x.dtype not in _HALF or scale.dtype not in ((x.dtype,) if kernel in _HOPPER else (x.dtype, torch.float32)):
         raise SchemeError(
             f"kernel {kernel!r} cannot multiply {x.dtype} activations with {scale.dtype} scales; pack the weight for "
             "activations of this dtype"
@@ -186,23 +187,27 @@ def _fragments(
 
 @cache
 def _linear_kernel(kernel: str) -> Callable[..., Tensor]:
-    if kernel == "gluon":
+    if kernel == "hopper":
+        from bitwright.kernels.hopper import linear
+    elif kernel == "gluon":
         from bitwright.kernels.gluon.gemm import linear
     elif kernel == "triton":
         from bitwright.kernels.triton.gemm import linear
     else:
-        raise SchemeError(f"no kernel {kernel!r} for a linear; there are gluon, triton and {DEQUANTIZE}")
+        raise SchemeError(f"no kernel {kernel!r} for a linear; there are hopper, gluon, triton and {DEQUANTIZE}")
     return linear
 
 
 @cache
 def _experts_kernel(kernel: str) -> Callable[..., Tensor]:
-    if kernel == "gluon":
+    if kernel == "hopper":
+        from bitwright.kernels.hopper import experts
+    elif kernel == "gluon":
         from bitwright.kernels.gluon.gemm import experts
     elif kernel == "triton":
         from bitwright.kernels.triton.experts import linear as experts
     else:
-        raise SchemeError(f"no kernel {kernel!r} for experts; there are gluon and triton")
+        raise SchemeError(f"no kernel {kernel!r} for experts; there are hopper, gluon and triton")
     return experts
 
 

@@ -30,6 +30,7 @@ HOPPER = "hopper"  # compute capability 9.0: wgmma and TMA
 TRITON = "triton"  # Triton is installed, and the GPU is one it compiles for
 CUSPARSELT = "cusparselt"  # torch brings cuSPARSELt: products with 2:4 weights
 NVRTC = "nvrtc"  # CUDA's runtime compiler is there, for kernels in CUDA C++
+NVRTC_MISSING = "needs NVRTC 12.4 or later, CUDA's runtime compiler, which torch's CUDA wheels bring"
 GLUON = "gluon"  # that Triton's Gluon is one our kernels are written for
 PDL = "pdl"  # programmatic dependent launch, by the GPU and by Triton
 

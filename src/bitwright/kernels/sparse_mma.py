@@ -11,7 +11,7 @@ from torch import Tensor
 from bitwright.kernels import sparse_fragments
 from bitwright.kernels.fragments import ROWS
 from bitwright.kernels.int8_fragments import STEP, padded
-from bitwright.kernels.problem import HOPPER, NVRTC, Problem
+from bitwright.kernels.problem import HOPPER, NVRTC, NVRTC_MISSING, Problem
 from bitwright.kernels.sparse_ops import int8_sparse_linear
 from bitwright.kernels.split_cuda import Int8Weight, Quantized, Quantizer, outlier_columns
 from bitwright.qtensor import QuantizedTensor
@@ -39,7 +39,7 @@ class SparseMma(Int8Weight):
         if HOPPER not in problem.features:
             return "needs a Hopper GPU (compute capability 9.0)"
         if NVRTC not in problem.features:
-            return "needs NVRTC 12.4 or later, CUDA's runtime compiler, which torch's CUDA wheels bring"
+            return NVRTC_MISSING
         return None
 
     @classmethod

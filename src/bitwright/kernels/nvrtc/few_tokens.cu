@@ -1,24 +1,25 @@
 // Packed weights times at most TOKENS tokens: the kernel for decoding, which is bound by reading the weight.
 //
 // One warp brings stages by TMA: STEP columns of ROWS rows, their scales, and the same columns of the tokens. Each of the
-// other warps multiplies 16 * BLOCKS rows of every stage, with the weight as the left operand of mma.m16n8k16, made in
-// registers from the words (`codes.cuh`); scales are multiplied onto the sums of a group. Warps wait for stages only,
-// never for each other.
+// other warps multiplies 16 rows of every stage, with the weight as the left operand of mma.m16n8k16, made in registers
+// from the words (`codes.cuh`); scales are multiplied onto the sums of a group. Warps wait for stages, and for each other
+// at the end of a tile only, where teams add up what they have of it.
 //
 // The tiles' steps are numbered through and cut into equal runs, one a block ("stream-K", Osama et al., 2023). Blocks
 // that share a tile add their sums up in pairs: an exchange with memory leaves a sum, or finds the other one, and whoever
 // finds it goes on with both, up a binary tree. So the order of additions is always the same, nobody waits, and nothing
 // is there to be made visible, since what is exchanged is the number itself.
 //
-// A block takes at most half of a processor, so that the blocks of the next launch fit beside it: with programmatic
-// dependent launch their first stages of weights, which no kernel writes, arrive while this launch runs.
+// With programmatic dependent launch a block of the next launch begins where one of this has ended, and its first stages
+// of weights, which no kernel writes, arrive while the last blocks of this launch run and whatever stands between the two.
 //
-// Macros: BITS, FLOAT16, ASYM (see `codes.cuh`), BIAS (0 or 1), GROUP (columns of a scale: 32, 64, a multiple of STEP;
-// 0: a row), TOKENS (8, 16, 24 or 32), WARPS that multiply, BLOCKS (1 or 2) of 16 rows each, COLUMNS (column blocks of
-// 64 a step), STAGES, EXPERTS (0: one weight; 1: a stack with sorted rows), SETTLED (see `ops.fragment_experts`).
+// Macros: BITS, FLOAT16, ASYM (see `codes.cuh`), BIAS (0 or 1), GROUP (columns of a scale, a divisor or a multiple of a
+// step; 0: a row), TOKENS (8 or 16), WARPS that multiply, in TEAMS (1 or 2) that share the columns of a step, COLUMNS
+// (column blocks of 64 a step), STAGES, EXPERTS (0: one weight; 1: a stack with sorted rows), SETTLED (see
+// `ops.fragment_experts`), MOST_SLOTS (token tiles of all experts).
 #include "codes.cuh"
 
-constexpr int STEP = 64 * COLUMNS, TEAM = WARPS / TEAMS, ROWS = 16 * BLOCKS * TEAM, BANDS = ROWS / 64;
+constexpr int STEP = 64 * COLUMNS, TEAM = WARPS / TEAMS, ROWS = 16 * TEAM, BANDS = ROWS / 64;
 constexpr int SHARE = COLUMNS / TEAMS;  // column blocks of a step that a team takes
 constexpr int GROUPS = GROUP == 0 || GROUP >= STEP ? 1 : STEP / GROUP, WIDTH = STEP / GROUPS;
 constexpr int EIGHTS = TOKENS / 8;
@@ -29,14 +30,13 @@ constexpr int SCALE_BYTES = GROUPS * ROWS * 2;
 constexpr int SECOND_AT = TOKEN_BYTES + WORD_BYTES, SCALE_AT = SECOND_AT + SECOND_WORD_BYTES;
 constexpr int ZERO_AT = SCALE_AT + SCALE_BYTES;
 constexpr int STAGE_BYTES = (ZERO_AT + (ASYM ? SCALE_BYTES : 0) + 1023) / 1024 * 1024;
-constexpr int FOURS = BLOCKS * EIGHTS, SUMS = 4 * FOURS;  // of a thread
-constexpr int CHAINS = FOURS <= 2 ? 2 : 1;  // of products that wait for each other, beside each other
+constexpr int SUMS = 4 * EIGHTS;  // of a thread, four for 8 tokens
 static_assert(ROWS % 64 == 0 && ROWS <= 256 && (GROUP < STEP ? WIDTH * GROUPS == STEP : GROUP % STEP == 0), "");
 static_assert(64 * SHARE % WIDTH == 0 || WIDTH % (64 * SHARE) == 0, "");
 constexpr int GIVEN_BYTES = TEAMS > 1 ? 2 * (TEAMS - 1) * ROWS * TOKENS * 4 : 0;  // sums that teams hand over
 
 struct Problem {
-    int M, N, K, bands, columns, groups;  // bands and column blocks of a weight, rows of its scales
+    int M, N, bands, columns, groups;  // bands and column blocks of a weight, rows of its scales
     int tiles, steps, per;                // tiles along N, steps of a tile, steps of a run
 };
 
@@ -179,99 +179,73 @@ __device__ __forceinline__ float number_of(u32 bits) {
 
 // Scales and zero points of a group for the rows of this thread.
 struct Grid {
-    float scale[BLOCKS][2];
-    Rest rest[BLOCKS];
+    float scale[2];
+    Rest rest;
 };
 
 __device__ __forceinline__ void read_grid(Grid& grid, u32 stage, int group, int row) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const u32 at = 2 * (group * ROWS + row + 16 * b + 8 * h);
-            grid.scale[b][h] = number_of(read2(stage + SCALE_AT + at));
+    for (int h = 0; h < 2; h++) {
+        const u32 at = 2 * (group * ROWS + row + 8 * h);
+        grid.scale[h] = number_of(read2(stage + SCALE_AT + at));
 #if ASYM
-            const u32 zero = read2(stage + ZERO_AT + at);
-            grid.rest[b].zero[h] = zero | zero << 16;
+        grid.rest.zero[h] = read2_twice(stage + ZERO_AT + at);
 #endif
-        }
+    }
 }
 
 // One step: sums += the products of its groups, each times its scales.
 __device__ __forceinline__ void add_step(float (&sums)[SUMS], u32 stage) {
     const int warp = threadIdx.x / 32 % TEAM, team = threadIdx.x / 32 / TEAM, lane = threadIdx.x % 32;
-    const int row = 16 * BLOCKS * warp + lane / 4;
+    const int row = 16 * warp + lane / 4;
     const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float part[CHAINS][BLOCKS][EIGHTS][4];
+    float part[2][EIGHTS][4];  // two sums, since a product waits for the one before it
     Grid grid;
 #pragma unroll
     for (int share = 0; share < SHARE; share++) {
-        const int c = team * SHARE + share;
-        Words words[BLOCKS];
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const int block = BLOCKS * warp + b, at = block / 4 * (4 * COLUMNS) + 4 * c + block % 4;
-            words[b] = read_words(stage + TOKEN_BYTES + at * BLOCK_BYTES, stage + SECOND_AT + at * SECOND_BYTES);
-        }
+        const int c = team * SHARE + share, at = warp / 4 * (4 * COLUMNS) + 4 * c + warp % 4;
+        const Words words =
+            read_words(stage + TOKEN_BYTES + at * BLOCK_BYTES, stage + SECOND_AT + at * SECOND_BYTES);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             // What a team takes begins with a group, or lies in one.
             const int column = 64 * share + 32 * half;
             const bool begins = column % WIDTH == 0, ends = (column + 32) % min(WIDTH, 64 * SHARE) == 0;
             if (begins) read_grid(grid, stage, (64 * SHARE * team + column) / WIDTH, row);
-            u32 right[EIGHTS][4];
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++)
-                // 8 tokens are 1024 bytes, in which 16 bytes of a token stand where the swizzle puts them.
-                read_matrices(right[e], stage + (c * EIGHTS + e) * 1024 + lane % 8 * 128 +
-                                            ((4 * half + lane / 8) ^ lane % 8) * 16);
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b++) {
-                u32 low[4], high[4];
-                if (half == 0) {
-                    codes_of<0>(low, words[b], grid.rest[b]);
-                    codes_of<1>(high, words[b], grid.rest[b]);
-                } else {
-                    codes_of<2>(low, words[b], grid.rest[b]);
-                    codes_of<3>(high, words[b], grid.rest[b]);
-                }
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    float(&d)[4] = part[0][b][e], (&d2)[4] = part[CHAINS - 1][b][e];
-                    if (begins) {
-                        product(d, low, right[e][0], right[e][1], nothing);
-                    } else {
-                        product(d, low, right[e][0], right[e][1], d);
-                    }
-                    if (begins && CHAINS == 2) {
-                        product(d2, high, right[e][2], right[e][3], nothing);
-                    } else {
-                        product(d2, high, right[e][2], right[e][3], d2);
-                    }
-                }
+            u32 low[4], high[4];
+            if (half == 0) {
+                codes_of<0>(low, words, grid.rest);
+                codes_of<1>(high, words, grid.rest);
+            } else {
+                codes_of<2>(low, words, grid.rest);
+                codes_of<3>(high, words, grid.rest);
             }
-            if (ends) {
 #pragma unroll
-                for (int b = 0; b < BLOCKS; b++)
+            for (int e = 0; e < EIGHTS; e++) {
+                // 8 tokens are 1024 bytes, in which 16 bytes of a token stand where the swizzle puts them.
+                u32 right[4];
+                read_matrices(right, stage + (c * EIGHTS + e) * 1024 + lane % 8 * 128 +
+                                         ((4 * half + lane / 8) ^ lane % 8) * 16);
+                if (begins) {
+                    product(part[0][e], low, right[0], right[1], nothing);
+                    product(part[1][e], high, right[2], right[3], nothing);
+                } else {
+                    product(part[0][e], low, right[0], right[1], part[0][e]);
+                    product(part[1][e], high, right[2], right[3], part[1][e]);
+                }
+                if (!ends) continue;
 #pragma unroll
-                    for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-{
-                            float v = part[0][b][e][i];
-                            if (CHAINS == 2) v += part[1][b][e][i];
-                            sums[(b * EIGHTS + e) * 4 + i] += v * grid.scale[b][i / 2];
-                        }
+                for (int i = 0; i < 4; i++) sums[4 * e + i] += (part[0][e][i] + part[1][e][i]) * grid.scale[i / 2];
             }
         }
     }
 }
 
 // Number i of a thread's sums: its token and its row in the tile.
-__device__ __forceinline__ int token_of(int i) { return i / 4 % EIGHTS * 8 + threadIdx.x % 4 * 2 + i % 2; }
+__device__ __forceinline__ int token_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
 __device__ __forceinline__ int row_of(int i) {
-    return 16 * (threadIdx.x / 32 % TEAM * BLOCKS + i / (4 * EIGHTS)) + threadIdx.x % 32 / 4 + i % 4 / 2 * 8;
+    return threadIdx.x / 32 % TEAM * 16 + threadIdx.x % 32 / 4 + i % 4 / 2 * 8;
 }
 
 struct alignas(16) Four {
@@ -294,16 +268,16 @@ __device__ __forceinline__ Four exchanged(Four* at, const Four& x) {
 
 // Piece `piece` of `pieces` of a tile, of which boundaries first, first + 1, ... lie between its blocks: adds what others
 // left of the sums, or leaves them. `whole` says which fours are complete in the end; the others need not be looked at.
-__device__ __forceinline__ void settle(float (&sums)[SUMS], bool (&whole)[FOURS], Four* exchange, int piece, int pieces,
+__device__ __forceinline__ void settle(float (&sums)[SUMS], bool (&whole)[EIGHTS], Four* exchange, int piece, int pieces,
                                        int first) {
     for (int width = 1; width < pieces; width *= 2) {  // pieces in one place of the tree
         const int place = piece / width;
         if ((place ^ 1) * width >= pieces) continue;  // alone: goes on to the next level
         const int boundary = first + (place | 1) * width - 1;
-        Four* at = exchange + (u64)boundary * (ROWS * TOKENS / 4) + threadIdx.x / 32 * (32 * FOURS) + threadIdx.x % 32;
-        Four found[FOURS];
+        Four* at = exchange + (u64)boundary * (ROWS * TOKENS / 4) + threadIdx.x / 32 * (32 * EIGHTS) + threadIdx.x % 32;
+        Four found[EIGHTS];
 #pragma unroll
-        for (int f = 0; f < FOURS; f++) {
+        for (int f = 0; f < EIGHTS; f++) {
             // Memory is 0 where nothing was left, so a sum of 0 is left as -0, which changes no sum.
             Four given;
 #pragma unroll
@@ -314,7 +288,7 @@ __device__ __forceinline__ void settle(float (&sums)[SUMS], bool (&whole)[FOURS]
             if (whole[f]) found[f] = exchanged(at + 32 * f, given);
         }
 #pragma unroll
-        for (int f = 0; f < FOURS; f++) {
+        for (int f = 0; f < EIGHTS; f++) {
             if (!whole[f]) continue;
             whole[f] = found[f].v[0] != 0;
             if (whole[f]) {
@@ -331,17 +305,17 @@ __device__ __forceinline__ void gather(float (&sums)[SUMS], u32 given, int piece
     const int team = threadIdx.x / 32 / TEAM;
     const u32 place = given + piece % 2 * (GIVEN_BYTES / 2) + threadIdx.x % (32 * TEAM) * 16;
 #pragma unroll
-    for (int f = 0; f < FOURS; f++)
+    for (int f = 0; f < EIGHTS; f++)
         if (team > 0)
-            write16(place + ((team - 1) * FOURS + f) * (TEAM * 512), sums[4 * f], sums[4 * f + 1], sums[4 * f + 2],
+            write16(place + ((team - 1) * EIGHTS + f) * (TEAM * 512), sums[4 * f], sums[4 * f + 1], sums[4 * f + 2],
                     sums[4 * f + 3]);
     named_sync(1, 32 * WARPS);
     if (team > 0) return;
 #pragma unroll
     for (int other = 0; other < TEAMS - 1; other++)
 #pragma unroll
-        for (int f = 0; f < FOURS; f++) {
-            const Words4 v = read16(place + (other * FOURS + f) * (TEAM * 512));
+        for (int f = 0; f < EIGHTS; f++) {
+            const Words4 v = read16(place + (other * EIGHTS + f) * (TEAM * 512));
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[4 * f + i] += __uint_as_float(v.w[i]);
         }
@@ -378,9 +352,9 @@ __device__ __forceinline__ void consume(u16* out, const u16* bias, Four* exchang
         }
         const int slot = tile / p.tiles, row = (tile - slot * p.tiles) * ROWS;
         const Slot at = slot_at(slots, p, slot);
-        bool whole[FOURS];
+        bool whole[EIGHTS];
 #pragma unroll
-        for (int f = 0; f < FOURS; f++) whole[f] = at.first + token_of(4 * f) < at.end && row + row_of(4 * f) < p.N;
+        for (int f = 0; f < EIGHTS; f++) whole[f] = at.first + token_of(4 * f) < at.end && row + row_of(4 * f) < p.N;
         if (!complete) {
             const int from = begin / p.per, to = (begin + p.steps - 1) / p.per;
             settle(sums, whole, exchange, blockIdx.x - from, to - from + 1, from);
@@ -425,7 +399,7 @@ __device__ __forceinline__ int find_slots(Slot* slots, const int* offsets, int e
 extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, 1)
     few_tokens(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap scale,
                const __grid_constant__ TensorMap zero, const unsigned char* words, const unsigned char* second, u16* out,
-               const u16* bias, Four* exchange, const int* offsets, int experts, int M, int N, int K, int bands,
+               const u16* bias, Four* exchange, const int* offsets, int experts, int M, int N, int bands,
                int columns, int groups, int per) {
     extern __shared__ unsigned char memory[];
 #if EXPERTS
@@ -448,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, 1)
         }
         __syncwarp();
     }
-    Problem p = {M, N, K, bands, columns, groups, (N + ROWS - 1) / ROWS, (columns + COLUMNS - 1) / COLUMNS, per};
+    Problem p = {M, N, bands, columns, groups, (N + ROWS - 1) / ROWS, (columns + COLUMNS - 1) / COLUMNS, per};
     int tiles = p.tiles;
     const Slot* slots = nullptr;
 #if EXPERTS

@@ -1,4 +1,4 @@
-"""Launching the kernel for few tokens: stages, the division of work, tensor maps."""
+"""Launching the kernel for few tokens: tiles, the division of work, tensor maps."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitwright.kernels.fragments import WORDS, Fragments
+from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments
 from bitwright.kernels.nvrtc.compile import compiled
-from bitwright.kernels.nvrtc.driver import DriverError, Kernel, bind, tensor_map
+from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
 
-SHARED_MEMORY = 150 << 10  # bytes of a block: one fits on a processor, and with it what runs between linears
-MOST_TOKENS = 16  # up to which it is faster than the Gluon kernel
-MOST_SLOTS = 256  # token tiles of all experts that fit into shared memory
-_SLOT_BYTES = 12
+MOST_TOKENS = 16  # of a tile, and of a linear that it takes
+MOST_SLOTS = 256  # token tiles of all experts that find room in shared memory
+# Bytes of shared memory of a block. One fits on a processor, so that the blocks of the next launch spread evenly, each
+# where one has ended; beside it fits what runs between linears. More were slower, by measurements on one H100.
+SHARED_MEMORY = 150 << 10
+_ALONE = 114 << 10  # bytes, of which a processor has not room for twice as many
 _ALIGNMENT = 1024  # of stages in shared memory
+_SLOT_BYTES = 12
+# From so many outputs on there are tiles enough for 128 rows each, which share the reading of tokens. Fewer are cut
+# into more tiles instead of more pieces along K, whose sums would have to be added up.
+_MANY_OUTPUTS = 1 << 15
+_WARPS = 8
 
 
 @dataclass(frozen=True)
 class Config:
-    """Macros of `few_tokens.cu`; there is what they mean."""
+    """Macros of `few_tokens.cu`; there is what they mean. STAGES: None = as many as fit."""
 
     BITS: int
     FLOAT16: int
@@ -33,23 +40,22 @@ class Config:
     BIAS: int
     GROUP: int
     TOKENS: int
+    TEAMS: int
+    COLUMNS: int
     EXPERTS: int = 0
     SETTLED: int = 0
-    WARPS: int = 8
-    TEAMS: int = 2
-    BLOCKS: int = 1
-    COLUMNS: int = 8
+    WARPS: int = _WARPS
     STAGES: int | None = None
 
     @property
     def rows(self) -> int:
         """Outputs of a tile."""
-        return 16 * self.BLOCKS * self.WARPS // self.TEAMS
+        return ROWS * self.WARPS // self.TEAMS
 
     @property
     def step(self) -> int:
         """Columns of a step."""
-        return 64 * self.COLUMNS
+        return COLUMNS * self.COLUMNS
 
     @property
     def groups(self) -> int:
@@ -58,30 +64,31 @@ class Config:
 
     @property
     def stage_bytes(self) -> int:
-        """Of a stage in shared memory."""
-        scales = self.groups * self.rows * (4 if self.ASYM else 2)
-        held = self.step * self.TOKENS * 2 + self.rows * self.step * self.BITS // 8 + scales
+        """Of a stage in shared memory: tokens, words, scales and zero points."""
+        words = self.rows // ROWS * self.COLUMNS * sum(WORDS[self.BITS]) * 4
+        held = self.step * self.TOKENS * 2 + words + self.groups * self.rows * (4 if self.ASYM else 2)
         return -(-held // _ALIGNMENT) * _ALIGNMENT
 
     @property
     def stages(self) -> int:
         """In shared memory."""
-        return self.STAGES or (SHARED_MEMORY - _ALIGNMENT - self._rest) // (self.stage_bytes + 16)
+        return self.STAGES or (SHARED_MEMORY - self._beside) // (self.stage_bytes + 16)
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory, what alignment may take included."""
-        return _ALIGNMENT + self.stages * (self.stage_bytes + 16) + self._rest
+        """Bytes of shared memory, what alignment may take included; two blocks do not fit on a processor."""
+        return max(_ALONE, self._beside + self.stages * (self.stage_bytes + 16))
 
     @property
-    def _rest(self) -> int:
+    def _beside(self) -> int:
         given = 2 * (self.TEAMS - 1) * self.rows * self.TOKENS * 4
-        return given + (MOST_SLOTS * _SLOT_BYTES if self.EXPERTS else 0)
+        return _ALIGNMENT + given + (MOST_SLOTS * _SLOT_BYTES if self.EXPERTS else 0)
 
     @property
     def options(self) -> tuple[str, ...]:
         """For the compiler."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"STAGES": self.stages, "MOST_SLOTS": MOST_SLOTS}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"STAGES": self.stages, "MOST_SLOTS": MOST_SLOTS}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def cubin(self, *options: str) -> tuple[bytes, str]:
@@ -92,6 +99,7 @@ class Config:
 @lru_cache(maxsize=4096)
 def choose(
     tokens: int,
+    N: int,
     K: int,
     bits: int,
     group_size: int,
@@ -101,27 +109,38 @@ def choose(
     experts: bool = False,
     settled: bool = False,
 ) -> Config:
-    """For tiles of at least as many tokens (up to `MOST_TOKENS`); of a stack, tiles of `tokens` at most."""
+    """For a weight [N, K] (or a stack of them) and `tokens` tokens; where there are more, in tiles of `MOST_TOKENS`."""
+    teams = 1 if N >= _MANY_OUTPUTS else 2
+    group = 0 if group_size >= K else group_size
+    columns = {2: 16, 3: 16, 4: 8, 8: 4}[bits] if teams == 2 else {2: 8, 3: 4, 4: 4, 8: 2}[bits]  # 16 KiB of words
+    while group and group % (columns * COLUMNS) and columns * COLUMNS % group:
+        columns //= 2  # a step must not cut a group
     return Config(
         BITS=bits,
         FLOAT16=int(dtype == torch.float16),
         ASYM=int(asymmetric),
         BIAS=int(bias),
-        GROUP=0 if group_size >= K else group_size,
-        TOKENS=8 if tokens <= 8 else 16,
+        GROUP=group,
+        TOKENS=8 if tokens <= 8 else MOST_TOKENS,
+        TEAMS=teams,
+        COLUMNS=columns,
         EXPERTS=int(experts),
         SETTLED=int(settled),
-        COLUMNS=4 if bits == 8 else 8,
     )
 
 
 def takes(group_size: int, K: int) -> bool:
-    """Whether no step cuts a group."""
+    """Whether there are steps that cut no group."""
     return group_size >= K or group_size in (32, 64) or group_size % 128 == 0
 
 
+def slots(T: int, experts: int) -> int:
+    """Token tiles that T rows of a stack of experts make at most."""
+    return min(T, T // 8 + experts)
+
+
 def divide(units: int, processors: int) -> tuple[int, int]:
-    """(blocks, steps of a block): equal runs."""
+    """(blocks, steps of a block) for `units` steps of all tiles: equal runs, the last one may be shorter."""
     per = max(1, -(-units // processors))
     return max(1, -(-units // per)), per
 
@@ -129,28 +148,25 @@ def divide(units: int, processors: int) -> tuple[int, int]:
 def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
     """x Wᵀ + bias for x [M, K] bf16 or fp16, 0 < M <= `MOST_TOKENS`; returns [M, N] in the dtype of x.
 
-    Scales must have that dtype, and `takes` the groups. config: instead of what `choose` gives.
+    Scales, zero points and bias must have that dtype, and `takes` the groups. config: instead of what `choose` gives.
     """
     f = fragments
-    c = config or choose(x.shape[0], f.K, f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None)
-    blocks, per = divide(-(-f.N // c.rows) * -(-f.words[0].shape[-3] // c.COLUMNS), machine(x.device)[1])
-    return _launch(x, f, bias, c, blocks, per, None)
+    asymmetric = f.zero is not None
+    c = config or choose(x.shape[0], f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, bias is not None)
+    units = -(-f.N // c.rows) * -(-f.words[0].shape[-3] // c.COLUMNS)
+    return _launch(x, f, bias, c, *divide(units, machine(x.device)[1]), None)
 
 
 def experts(
     x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = False, config: Config | None = None
 ) -> Tensor:
-    """What `gluon.gemm.experts` gives, for at most `MOST_SLOTS` tiles of tokens (`slots`)."""
-    f, T = fragments, x.shape[0]
+    """What `gluon.gemm.experts` gives, for at most `MOST_SLOTS` of `slots`."""
+    f = fragments
     assert f.experts is not None, "a stack of experts"
-    even = -(-T // f.experts)
-    c = config or choose(even, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, False, True, settled)
+    even, asymmetric = -(-x.shape[0] // f.experts), f.zero is not None
+    c = config or choose(even, f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, False, True, settled)
+    # How many steps there are is known on the device.
     return _launch(x, f, None, c, machine(x.device)[1], 0, offsets)
-
-
-def slots(T: int, experts: int, tokens: int) -> int:
-    """Tiles of `tokens` tokens that T rows of a stack of experts make at most."""
-    return min(T, T // tokens + experts)
 
 
 def _launch(
@@ -164,14 +180,17 @@ def _launch(
     out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
     bind(x.device.index)
     exchange = zeros(c.rows * c.TOKENS * blocks, x.device)
-    tokens = tensor_map(x, (c.TOKENS, 64), 128)
+    tokens = tensor_map(x, (c.TOKENS, COLUMNS), 128)
     scale = tensor_map(f.scale.flatten(0, -2), (c.groups, c.rows), 0)
     zero = scale if f.zero is None else tensor_map(f.zero.flatten(0, -2), (c.groups, c.rows), 0)
-    pointers = (f.words[0], f.words[-1], out, out if bias is None else bias, exchange, exchange if offsets is None else offsets)
-    numbers = (f.experts or 1, M, f.N, K, *f.words[0].shape[-4:-2], f.scale.shape[-2], per)
+    pointers = (
+        f.words[0], f.words[-1], out, out if bias is None else bias, exchange, exchange if offsets is None else offsets,
+    )  # fmt: skip
+    bands, columns = f.words[0].shape[-4:-2]
+    numbers = (f.experts or 1, M, f.N, bands, columns, f.scale.shape[-2], per)
     kernel(c, x.device.index)(
         blocks,
-        32 * c.WARPS + 32,
+        32 * (c.WARPS + 1),
         [
             tokens, scale, zero,
             *(ctypes.c_void_p(p.data_ptr()) for p in pointers),
@@ -184,13 +203,6 @@ def _launch(
 
 @lru_cache(maxsize=1024)
 def kernel(config: Config, device: int) -> Kernel:
-    """Compiled and loaded at its first use in a process, which may not be while a graph is captured."""
-    if torch.cuda.is_current_stream_capturing():
-        raise DriverError(
-            f"the kernel for {config.TOKENS} tokens at {config.BITS} bits is not loaded yet, and cannot be while a "
-            "graph is captured; run the linear once with as many tokens before"
-        )
+    """Compiled and loaded at its first use in a process (0.2 s), which may not be while a graph is captured."""
+    loading(f"{config.TOKENS} tokens")
     return Kernel(config.cubin()[0], "few_tokens", config.shared, device)
-
-
-assert all(len(planes) <= 2 for planes in WORDS.values())

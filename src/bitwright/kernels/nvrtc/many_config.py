@@ -14,7 +14,7 @@ from bitwright.kernels.nvrtc.instructions import weight_header
 
 SHARED_MEMORY = 227 << 10  # bytes of a block
 ALIGNMENT = 1024  # of stages in shared memory
-_WARPGROUPS = 2
+_ROW_GROUPS = 2
 _MOST_CUTS = 16  # pieces of a tile
 # What a tile costs, in clocks of a processor. By reason, from what the hardware reaches at best:
 _RATE = 32  # numbers of a tile that 64 columns are multiplied for in a clock
@@ -42,6 +42,7 @@ class Config:
     CLUSTER: int = 2
     CHUNKS: int = 2
     BAND: int = 16
+    TEAMS: int = 1
     STAGES: int | None = None
 
     @property
@@ -58,7 +59,13 @@ class Config:
     @property
     def stages(self) -> int:
         """In shared memory."""
-        return self.STAGES or (SHARED_MEMORY - self._beside) // self.stage_bytes
+        fit = (SHARED_MEMORY - self._beside) // self.stage_bytes
+        return self.STAGES or fit - fit % self.TEAMS
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 128 * (_ROW_GROUPS * self.TEAMS + 1)
 
     @property
     def shared(self) -> int:
@@ -67,8 +74,9 @@ class Config:
 
     @property
     def _beside(self) -> int:
-        results = _WARPGROUPS * 2 * self.piece * 128 if self.TMA_OUT else 0
-        return ALIGNMENT + results + 4 * _WARPGROUPS
+        results = _ROW_GROUPS * 2 * self.piece * 128 if self.TMA_OUT else 0
+        given = (self.TEAMS - 1) * self.ROWS * self.TOKENS * 4
+        return ALIGNMENT + results + given + 4 * _ROW_GROUPS
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -121,7 +129,7 @@ def divide(M: int, N: int, K: int, config: Config, processors: int, cuts: int | 
         whole=tiles - left,
         cuts=cuts,
         items=items,
-        counters=left * config.CLUSTER * _WARPGROUPS,
+        counters=left * config.CLUSTER * _ROW_GROUPS,
         numbers=left * cuts * config.CLUSTER * config.ROWS * config.TOKENS,
     )
 

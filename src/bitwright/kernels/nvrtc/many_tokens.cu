@@ -11,7 +11,8 @@
 //
 // Macros: BITS of a code (2, 3, 4 or 8), FLOAT16 (0: bfloat16), ASYM (with zero points), GROUPS of scales in 64 columns
 // (1 or 2), ROWS (128 or 256) and TOKENS (a multiple of 16) of a tile, CHUNKS of 16 columns whose operands are made at a
-// time (1 or 2), STAGES, CLUSTER (1, 2 or 4 blocks), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8).
+// time (1 or 2), STAGES, CLUSTER (1, 2 or 4 blocks), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8),
+// TEAMS (1 or 2; two make weights for twice as many products of a tile at a time, for tiles whose sums leave registers).
 #include "many_sums.cuh"
 #include "many_tile.cuh"
 
@@ -22,45 +23,64 @@ struct Source {
     const TensorMap &scale, &zero, &tokens;
 };
 
+// Where the weights of a step lie: counted on from step to step, since divisions and products of 64 bits would keep the
+// one thread that brings stages from being ahead.
+struct Cursor {
+    const unsigned char *first[BANDS], *second[BANDS];
+    int row, group, phase;  // the group of scales, and the steps of it that are over
+};
+
+__device__ __forceinline__ Cursor cursor_at(const Source& from, const Problem& p, int row, int step) {
+    Cursor c;
+#pragma unroll
+    for (int b = 0; b < BANDS; b++) {
+        const u64 at = (u64)min(row / 64 + b, p.bands - 1) * p.steps + step;  // rows past the end are not written
+        c.first[b] = from.first + at * (4 * BLOCK_BYTES);
+        c.second[b] = from.second + at * (4 * SECOND_BYTES);
+    }
+    c.row = row, c.group = GROUPS * step / p.group_steps, c.phase = step % p.group_steps;
+    return c;
+}
+
 // Everything but tokens: what no earlier kernel writes.
-__device__ __forceinline__ void bring_weights(const Source& from, const Memory& m, const Problem& p, u32 stage, int row,
-                                              int step) {
+__device__ __forceinline__ void bring_weights(const Source& from, const Memory& m, const Problem& p, u32 stage,
+                                              Cursor& c) {
     const u32 full = m.full + 8 * stage, words = m.stages + stage * STAGE_BYTES + TOKEN_BYTES;
     const u32 scales = m.scales + stage * SCALE_BYTES;
     barrier_expect(full, STAGE_BYTES + SCALE_BYTES);
 #pragma unroll
     for (int b = 0; b < BANDS; b++) {
-        const u64 at = (u64)min(row / 64 + b, p.bands - 1) * p.steps + step;  // rows past the end are not written
-        bring_run(words + b * 4 * BLOCK_BYTES, from.first + at * (4 * BLOCK_BYTES), 4 * BLOCK_BYTES, full);
+        bring_run(words + b * 4 * BLOCK_BYTES, c.first[b], 4 * BLOCK_BYTES, full);
+        c.first[b] += 4 * BLOCK_BYTES;
         if (SECOND_BYTES) {
-            bring_run(words + FIRST_BYTES + b * 4 * SECOND_BYTES, from.second + at * (4 * SECOND_BYTES),
-                      4 * SECOND_BYTES, full);
+            bring_run(words + FIRST_BYTES + b * 4 * SECOND_BYTES, c.second[b], 4 * SECOND_BYTES, full);
+            c.second[b] += 4 * SECOND_BYTES;
         }
     }
-    const int group = GROUPS == 1 ? step * COLUMNS / p.group_size : GROUPS * step;
-    bring(scales, from.scale, full, row, group);
-    if (ASYM) bring(scales + GRID_BYTES, from.zero, full, row, group);
+    bring(scales, from.scale, full, c.row, c.group);
+    if (ASYM) bring(scales + GRID_BYTES, from.zero, full, c.row, c.group);
+    if (++c.phase == p.group_steps) c.phase = 0, c.group += GROUPS;
 }
 
 __device__ __forceinline__ void produce(const Source& from, const Memory& m, const Problem& p, u32 rank) {
     const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const Item begin = item_of(p, cluster);
     const int ahead = min(begin.steps(), STAGES);
-    for (int k = 0; k < ahead; k++) {
-        bring_weights(from, m, p, k, place(p.M, p.N, begin.tile, rank).row, begin.first + k);
-    }
+    Cursor weights = cursor_at(from, p, place(p.M, p.N, begin.tile, rank).row, begin.first);
+    for (int k = 0; k < ahead; k++) bring_weights(from, m, p, k, weights);
     wait_for_launches();
     allow_launch();
     Ring ring;
-    int brought = 0;
     for (int i = cluster; i < p.items; i += clusters) {
         const Item item = item_of(p, i);
         const Place at = place(p.M, p.N, item.tile, rank);
+        const int there = i == cluster ? item.first + ahead : item.first;  // steps whose weights are on their way
+        if (i != cluster) weights = cursor_at(from, p, at.row, item.first);
         for (int k = item.first; k < item.end; k++, ring.next()) {
             const u32 stage = ring.stage;
-            if (brought++ >= ahead) {
+            if (k >= there) {
                 barrier_wait(m.empty + 8 * stage, ring.parity ^ 1);
-                bring_weights(from, m, p, stage, at.row, k);
+                bring_weights(from, m, p, stage, weights);
             }
             bring_tokens(m.stages + stage * STAGE_BYTES, from.tokens, m.full + 8 * stage, k * COLUMNS, at.token, rank,
                          TOKEN_ROW);
@@ -72,7 +92,7 @@ __device__ __forceinline__ void produce(const Source& from, const Memory& m, con
 
 // Part by part: one is made ready while the product of the one before runs. Ends with a product under way.
 template <int part>
-__device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&left)[2], Step& step, Ring& ring,
+__device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&left)[2], Step& step, TeamRing& ring,
                                           const Memory& m, bool begins, bool more) {
     multiply<part>(sums, left[part % 2], m.stages + ring.stage * STAGE_BYTES);
     if constexpr (part + 1 < PARTS) {
@@ -91,7 +111,7 @@ __device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&le
     }
 }
 
-__device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], Ring& ring, const Memory& m, int steps) {
+__device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], TeamRing& ring, const Memory& m, int steps) {
     Step step;
     Left left[2];
     barrier_wait(m.full + 8 * ring.stage, ring.parity);
@@ -102,22 +122,34 @@ __device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], Ring& 
 
 __device__ __forceinline__ void consume(const TensorMap& results, u16* out, const void* bias, float* partial,
                                         int* counters, const Memory& m, const Problem& p, u32 rank) {
-    Ring ring;
+    const int team = threadIdx.x / (128 * ROW_GROUPS), clusters = gridDim.x / CLUSTER;
+    TeamRing ring(team);
     u32 turn = 0;
-    for (int i = blockIdx.x / CLUSTER; i < p.items; i += gridDim.x / CLUSTER) {
+    int before = 0;  // steps of this block
+    for (int i = blockIdx.x / CLUSTER; i < p.items; i += clusters) {
         const Item item = item_of(p, i);
         const Place at = place(p.M, p.N, item.tile, rank);
-        const int first = at.row + 64 * BLOCKS * (threadIdx.x / 128);
+        const int first = at.row + 64 * BLOCKS * (threadIdx.x / 128 % ROW_GROUPS);
+        // A stage is always the same team's, through all tiles: whoever skipped a phase of a barrier would take the one
+        // before it for the one after.
+        const int own = (item.steps() + (before + team + 1) % TEAMS) / TEAMS;
+        before += item.steps();
         float sums[BLOCKS][SUMS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
             for (int j = 0; j < SUMS; j++) sums[b][j] = 0.0f;
-        add_products(sums, ring, m, item.steps());
-        products_wait<0>();
+        if (own > 0) {
+            add_products(sums, ring, m, own);
+            products_wait<0>();
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
-        give_back(m.empty, ring.before());
+            for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
+            give_back(m.empty, ring.before());
+        }
+        if (TEAMS > 1) {
+            gather(sums, m, before > item.steps(), i + clusters < p.items);
+            if (team > 0) continue;
+        }
         if (item.steps() < p.steps && !settle(sums, partial, counters, m, p, item, rank)) continue;
 #if BIAS
         add_bias(sums, bias, p.N, first);
@@ -129,29 +161,36 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
 #endif
 }
 
+constexpr int THREADS = 128 * (WARPGROUPS + 1);
+
 // In clusters of CLUSTER blocks; first, second: words of codes (the second of 3 bits only).
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     many_tokens(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap scale,
                 const __grid_constant__ TensorMap zero, const __grid_constant__ TensorMap results,
                 const unsigned char* first, const unsigned char* second, const void* bias, u16* out, float* partial,
-                int* counters, int M, int N, int bands, int steps, int group_size, int whole, int cuts, int items) {
+                int* counters, int M, int N, int bands, int steps, int group_steps, int whole, int cuts, int items) {
     extern __shared__ unsigned char memory[];
     Memory m;
     m.stages = (shared_address(memory) + 1023) & ~1023u;
     m.slots = m.stages + STAGES * STAGE_BYTES;
-    m.scales = m.slots + RESULT_BYTES;
+    m.given = m.slots + RESULT_BYTES;
+    m.scales = m.given + GIVEN_BYTES;
     m.full = m.scales + STAGES * SCALE_BYTES;
     m.empty = m.full + 8 * STAGES;
     m.flags = m.empty + 8 * STAGES;
     const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
-    const Problem problem = {M, N, bands, steps, group_size, whole, cuts, items};
+    const Problem problem = {M, N, bands, steps, group_steps, whole, cuts, items};
     init_stages(m.full, m.empty);
     if (threadIdx.x >= 128 * WARPGROUPS) {
-        set_registers_down<40>();
-        if (warp_number() == 4 * WARPGROUPS && elected()) produce({first, second, scale, zero, tokens}, m, problem, rank);
+        set_registers_down<TEAMS == 1 ? 40 : 32>();
+        if (warp_number() == 4 * WARPGROUPS && elected()) {
+            fetch_map(scale);
+            fetch_map(tokens);
+            produce({first, second, scale, zero, tokens}, m, problem, rank);
+        }
         __syncwarp();
     } else {
-        set_registers_up<232>();
+        set_registers_up<TEAMS == 1 ? 232 : 112>();
         consume(results, out, bias, partial, counters, m, problem, rank);
     }
     if (CLUSTER > 1) cluster_sync();

@@ -17,8 +17,6 @@ from bitwright.kernels.workspace import zeros
 
 __all__ = ["Config", "choose", "divide", "kernel", "linear"]
 
-_THREADS = 384
-
 
 def linear(
     x: Tensor, fragments: Fragments, bias: Tensor | None = None, config: Config | None = None, cuts: int | None = None
@@ -49,10 +47,10 @@ def linear(
     zero = scale if f.zero is None else tensor_map(f.zero, (c.GROUPS, c.ROWS), 0)
     results = tensor_map(out, (c.piece, 64), 128) if c.TMA_OUT else tokens
     pointers = (f.words[0], f.words[-1], out if bias is None else bias, out, partial, counters)
-    numbers = (M, f.N, bands, steps, f.group_size, d.whole, d.cuts, d.items)
+    numbers = (M, f.N, bands, steps, -(-f.group_size // COLUMNS), d.whole, d.cuts, d.items)
     kernel(c, x.device.index)(
         d.blocks,
-        _THREADS,
+        c.threads,
         [
             tokens, scale, zero, results,
             *(ctypes.c_void_p(p.data_ptr()) for p in pointers),
