@@ -7,14 +7,19 @@ where these do not suit the number of tokens.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from bitwright.kernels.fragments import Fragments
-from bitwright.kernels.gluon import gemm
-from bitwright.kernels.nvrtc import few_tokens
+from bitwright.kernels.gluon import config, gemm
+from bitwright.kernels.nvrtc import few_tokens, many_config, many_tokens
+from bitwright.kernels.triton.gemm import machine
 
-# Rows of sorted tokens, in all, up to which experts are bound by reading them.
-_FEW_ROWS = 4
+_FEW_ROWS = 4  # of sorted tokens, in all, up to which experts are bound by reading them
+_MANY_TOKENS = 128  # up to which the Gluon kernel has tiles that suit
+_MARGIN = 0.95  # of the Gluon kernel's time, for estimates that are good to some percent
 
 
 def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tensor:
@@ -22,6 +27,9 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tenso
     f = fragments
     if x.shape[0] <= few_tokens.MOST_TOKENS and few_tokens.takes(f.group_size, f.K):
         return few_tokens.linear(x, f, bias)
+    kind = (f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None)
+    if x.shape[0] > _MANY_TOKENS and _suits(x.shape[0], f.N, f.K, *kind, machine(x.device)[1]):
+        return many_tokens.linear(x, f, bias)
     return gemm.linear(x, f, bias)
 
 
@@ -31,3 +39,20 @@ def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = Fa
     if x.shape[0] <= _FEW_ROWS and few_tokens.takes(f.group_size, f.K):
         return few_tokens.experts(x, offsets, f, settled)
     return gemm.experts(x, offsets, f, settled)
+
+
+@lru_cache(maxsize=4096)
+def _suits(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    asymmetric: bool,
+    bias: bool,
+    processors: int,
+) -> bool:
+    """Whether the kernel with tiles of any number of tokens takes less time than that with powers of two."""
+    tiles = many_config.choose(M, N, K, bits, group_size, dtype, asymmetric, bias, processors)
+    return many_config.best(M, N, K, tiles, processors) < _MARGIN * config.estimate(M, N, K, processors)

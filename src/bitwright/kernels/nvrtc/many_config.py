@@ -14,17 +14,15 @@ from bitwright.kernels.nvrtc.instructions import weight_header
 
 SHARED_MEMORY = 227 << 10  # bytes of a block
 ALIGNMENT = 1024  # of stages in shared memory
-_ROW_GROUPS = 2
+_WARPGROUPS = 2
 _MOST_CUTS = 16  # pieces of a tile
-# What a tile costs, in clocks of a processor. By reason, from what the hardware reaches at best:
-_RATE = 32  # numbers of a tile that 64 columns are multiplied for in a clock
-_WEIGHT_COST = 24  # tokens, whose products take as long as the weights take to be made
-_TOKEN_COST = {1: 24, 2: 12, 4: 8}  # rows, the same of tokens to be brought, by blocks of a cluster
 _MOST_TOKENS = {128: 256, 256: 160}  # whose sums fit into registers beside the left operands, by rows of a tile
 _LEAST_TOKENS, _PIECE = 64, 16
 _CROWDED = 256 * 144  # numbers of a tile, beyond which left operands are made for 16 columns at a time
-_START, _RESULT_RATE = 1200, 20  # of a tile: the first product and the last; numbers written in a clock
-_PIECE_START, _PIECE_RATE = 2000, 10  # of pieces: latencies of memory; numbers written or read in a clock
+# What a tile takes, in microseconds, fitted to 1000 timings of 4-bit weights on one H100 to within 3 % (dev/LOG.md).
+_STEP = {128: (0.252, 0.00164), 256: (0.424, 0.00329)}  # 64 columns, and each token of them, by rows of a tile
+_START = 1.0  # of a tile
+_PIECES, _PIECE_RATE = 4.5, 18300  # of a tile in pieces; numbers of one that are written or read in a microsecond
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Config:
     CLUSTER: int = 2
     CHUNKS: int = 2
     BAND: int = 16
-    TEAMS: int = 1
     STAGES: int | None = None
 
     @property
@@ -59,13 +56,7 @@ class Config:
     @property
     def stages(self) -> int:
         """In shared memory."""
-        fit = (SHARED_MEMORY - self._beside) // self.stage_bytes
-        return self.STAGES or fit - fit % self.TEAMS
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return 128 * (_ROW_GROUPS * self.TEAMS + 1)
+        return self.STAGES or (SHARED_MEMORY - self._beside) // self.stage_bytes
 
     @property
     def shared(self) -> int:
@@ -74,9 +65,8 @@ class Config:
 
     @property
     def _beside(self) -> int:
-        results = _ROW_GROUPS * 2 * self.piece * 128 if self.TMA_OUT else 0
-        given = (self.TEAMS - 1) * self.ROWS * self.TOKENS * 4
-        return ALIGNMENT + results + given + 4 * _ROW_GROUPS
+        results = _WARPGROUPS * 2 * self.piece * 128 if self.TMA_OUT else 0
+        return ALIGNMENT + results + 4 * _WARPGROUPS
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -129,24 +119,23 @@ def divide(M: int, N: int, K: int, config: Config, processors: int, cuts: int | 
         whole=tiles - left,
         cuts=cuts,
         items=items,
-        counters=left * config.CLUSTER * _ROW_GROUPS,
+        counters=left * config.CLUSTER * _WARPGROUPS,
         numbers=left * cuts * config.CLUSTER * config.ROWS * config.TOKENS,
     )
 
 
 def estimate(M: int, N: int, K: int, config: Config, processors: int, cuts: int) -> float:
-    """Clocks that the product takes, with tiles that are left after full rounds in `cuts` pieces."""
-    clusters, numbers = processors // config.CLUSTER, config.ROWS * config.TOKENS
-    steps = -(-K // COLUMNS)
-    step = (config.ROWS + _TOKEN_COST[config.CLUSTER]) * (config.TOKENS + _WEIGHT_COST) / _RATE
+    """Microseconds that the product takes, with tiles that are left after full rounds in `cuts` pieces."""
+    clusters, steps = processors // config.CLUSTER, -(-K // COLUMNS)
+    by_itself, per_token = _STEP[config.ROWS]
+    step = by_itself + per_token * config.TOKENS
     rounds, left = divmod(config.clusters(M, N), clusters)
     cuts = min(cuts, steps)
-    time = rounds * (steps * step + _START + numbers / _RESULT_RATE)
-    if left == 0:
-        return time
-    time += -(-left * cuts // clusters) * (-(-steps // cuts) * step + _START) + numbers / _RESULT_RATE
-    if cuts > 1:
-        time += _PIECE_START + (1 + cuts) * numbers / _PIECE_RATE
+    time = rounds * (steps * step + _START)
+    if left:
+        time += -(-left * cuts // clusters) * (-(-steps // cuts) * step + _START)
+    if left and cuts > 1:
+        time += _PIECES + (1 + cuts) * config.ROWS * config.TOKENS / _PIECE_RATE
     return time
 
 
@@ -174,20 +163,20 @@ def choose(
         TOKENS=256,
     )
 
-    def time(c: Config) -> float:
-        cuts = divide(M, N, K, c, processors).cuts
-        return estimate(M, N, K, c, processors, cuts)
+    return min(tiles(config, N, processors), key=lambda c: best(M, N, K, c, processors))
 
-    return min(tiles(config, N, processors), key=time)
+
+def best(M: int, N: int, K: int, config: Config, processors: int) -> float:
+    """`estimate` for the pieces that `divide` chooses."""
+    return estimate(M, N, K, config, processors, divide(M, N, K, config, processors).cuts)
 
 
 def tiles(config: Config, N: int, processors: int) -> Iterator[Config]:
-    """`config` with every tile and cluster that suits N outputs; of those that take as long the first is preferred."""
+    """`config` with every tile that suits N outputs; of those that take as long the first is preferred."""
     for rows, most in _MOST_TOKENS.items():
-        for cluster in (2, 1):
-            if cluster == 1 or (processors >= cluster and rows < N):
-                for tokens in range(most, _LEAST_TOKENS - 1, -_PIECE):
-                    yield tile(config, rows, tokens, cluster)
+        cluster = 2 if processors > 1 and rows < N else 1
+        for tokens in range(most, _LEAST_TOKENS - 1, -_PIECE):
+            yield tile(config, rows, tokens, cluster)
 
 
 def tile(config: Config, rows: int, tokens: int, cluster: int) -> Config:

@@ -1,33 +1,6 @@
-// Adding up what teams and pieces have of a tile of `many_tokens.cu`, always in the same order.
+// Adding up the pieces of a tile of `many_tokens.cu`, always in the same order.
 #pragma once
 #include "many_tile.cuh"
-
-// The sums of both teams, for the first one; `again`: not for the first time, `more`: nor for the last.
-__device__ __forceinline__ void gather(float (&sums)[BLOCKS][SUMS], const Memory& m, bool again, bool more) {
-    const u32 group = threadIdx.x / 128 % ROW_GROUPS, team = threadIdx.x / (128 * ROW_GROUPS);
-    const u32 place = m.given + group * (GIVEN_BYTES / ROW_GROUPS) + 16 * (threadIdx.x % 128);
-    const u32 given = 1 + ROW_GROUPS + group, taken = given + ROW_GROUPS;  // barriers
-    if (team > 0) {
-        if (again) named_sync(taken, 256);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-            for (int i = 0; i < SUMS; i += 4)
-                write16(place + (b * SUMS + i) / 4 * 2048, sums[b][i], sums[b][i + 1], sums[b][i + 2], sums[b][i + 3]);
-        named_arrive(given, 256);
-    } else {
-        named_sync(given, 256);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-            for (int i = 0; i < SUMS; i += 4) {
-                const Words4 v = read16(place + (b * SUMS + i) / 4 * 2048);
-#pragma unroll
-                for (int j = 0; j < 4; j++) sums[b][i + j] += __uint_as_float(v.w[j]);
-            }
-        if (more) named_arrive(taken, 256);
-    }
-}
 
 // Leave the sums of a piece in `partial`; the warpgroup that comes last with a piece of its rows adds all of them up, in
 // the order of their columns, and goes on. Nobody waits for anybody, so blocks may run in any order and beside other
@@ -35,9 +8,9 @@ __device__ __forceinline__ void gather(float (&sums)[BLOCKS][SUMS], const Memory
 __device__ __forceinline__ bool settle(float (&sums)[BLOCKS][SUMS], float* partial, int* counters, const Memory& m,
                                        const Problem& p, const Item& item, u32 rank) {
     const u32 group = threadIdx.x / 128, thread = threadIdx.x % 128, flag = m.flags + 4 * group;
-    constexpr u64 SIZE = ROWS / ROW_GROUPS * TOKENS;  // 16 bytes of every thread side by side
-    const u64 between = (u64)CLUSTER * ROW_GROUPS * SIZE;
-    float* first = partial + (u64)item.left * p.cuts * between + (rank * ROW_GROUPS + group) * SIZE + 4 * thread;
+    constexpr u64 SIZE = ROWS / WARPGROUPS * TOKENS;  // 16 bytes of every thread side by side
+    const u64 between = (u64)CLUSTER * WARPGROUPS * SIZE;
+    float* first = partial + (u64)item.left * p.cuts * between + (rank * WARPGROUPS + group) * SIZE + 4 * thread;
     float4* own = (float4*)(first + item.part * between);
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++)
@@ -49,7 +22,7 @@ __device__ __forceinline__ bool settle(float (&sums)[BLOCKS][SUMS], float* parti
     fence_gpu();
     named_sync(1 + group, 128);
     if (thread == 0) {
-        int* counter = counters + (item.left * CLUSTER + (int)rank) * ROW_GROUPS + group;
+        int* counter = counters + (item.left * CLUSTER + (int)rank) * WARPGROUPS + group;
         const bool last = atomicAdd(counter, 1) == p.cuts - 1;
         if (last) *counter = 0;
         write4(flag, last);

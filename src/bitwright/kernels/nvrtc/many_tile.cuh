@@ -10,7 +10,6 @@ constexpr int BANDS = ROWS / 64;   // of a tile
 constexpr int TOKEN_ROW = 2 * COLUMNS, TOKEN_BYTES = TOKENS * TOKEN_ROW;
 constexpr int FIRST_BYTES = BANDS * 4 * BLOCK_BYTES, WORD_BYTES = FIRST_BYTES + BANDS * 4 * SECOND_BYTES;
 constexpr int STAGE_BYTES = TOKEN_BYTES + WORD_BYTES;
-constexpr int GIVEN_BYTES = (TEAMS - 1) * ROWS * TOKENS * 4;  // sums that a team hands to the first one
 constexpr int GRID_BYTES = 2 * GROUPS * ROWS, SCALE_BYTES = (1 + ASYM) * GRID_BYTES;  // scales, then zero points
 static_assert(PARTS % 2 == 0, "a step begins with the left operand that the one before did not end with");
 static_assert(STAGE_BYTES % 1024 == 0 && GRID_BYTES % 128 == 0, "TMA and its swizzle want aligned boxes");
@@ -23,7 +22,7 @@ struct Problem {
 };
 
 struct Memory {  // shared: where the first stage begins, and what goes with the stages
-    u32 stages, slots, given, scales, full, empty, flags;
+    u32 stages, slots, scales, full, empty, flags;
 };
 
 struct Item {
@@ -51,7 +50,7 @@ struct Left {  // of one part
 };
 
 __device__ __forceinline__ void read_step(Step& step, const Memory& m, u32 stage) {
-    const u32 warp = threadIdx.x / 32 % 4, band = threadIdx.x / 128 % ROW_GROUPS * BLOCKS, line = threadIdx.x % 32 / 4;
+    const u32 warp = threadIdx.x / 32 % 4, band = threadIdx.x / 128 * BLOCKS, line = threadIdx.x % 32 / 4;
     const u32 words = m.stages + stage * STAGE_BYTES + TOKEN_BYTES;
     const u32 scales = m.scales + stage * SCALE_BYTES + 2 * (64 * band + 16 * warp + line);
 #pragma unroll

@@ -1,9 +1,9 @@
 // Packed weights times 16-bit activations of many tokens: out = x W^T + bias.
 //
-// One warp brings stages by TMA, two warpgroups multiply, each half the rows of a tile by TOKENS tokens. The weight is
-// the left operand and comes from registers: words of codes (`kernels.fragments`) become pairs of 16-bit floats, times
-// the scales of their group with one rounding, while the product before them runs. Blocks of a cluster have the same
-// tokens; each brings a part of them to all. A block walks over tiles: the next one's stages arrive while results leave.
+// Two warps bring stages by TMA, one weights, one tokens; two warpgroups multiply, each half the rows of a tile by TOKENS
+// tokens. The weight is the left operand and comes from registers: words of codes (`kernels.fragments`) become pairs of
+// 16-bit floats, times the scales of their group with one rounding, while the product before them runs. Blocks of a
+// cluster have the same tokens; each brings a part of them to all. A block walks over tiles: the next one's stages arrive while results leave.
 // Tiles that are left after full rounds may be cut along K into pieces (`many_sums.cuh`).
 //
 // It may be launched before the kernel before it has ended: words and scales of the first stages are on their way before
@@ -11,16 +11,15 @@
 //
 // Macros: BITS of a code (2, 3, 4 or 8), FLOAT16 (0: bfloat16), ASYM (with zero points), GROUPS of scales in 64 columns
 // (1 or 2), ROWS (128 or 256) and TOKENS (a multiple of 16) of a tile, CHUNKS of 16 columns whose operands are made at a
-// time (1 or 2), STAGES, CLUSTER (1, 2 or 4 blocks), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8),
-// TEAMS (1 or 2; two make weights for twice as many products of a tile at a time, for tiles whose sums leave registers).
+// time (1 or 2), STAGES, CLUSTER (1, 2 or 4 blocks), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8).
 #include "many_sums.cuh"
 #include "many_tile.cuh"
 
-// ---- the warp that brings stages (one thread of it) ----
+// ---- the warps that bring stages (one thread of each) ----
 
 struct Source {
     const unsigned char *first, *second;  // words
-    const TensorMap &scale, &zero, &tokens;
+    const TensorMap &scale, &zero;
 };
 
 // Where the weights of a step lie: counted on from step to step, since divisions and products of 64 bits would keep the
@@ -47,7 +46,7 @@ __device__ __forceinline__ void bring_weights(const Source& from, const Memory& 
                                               Cursor& c) {
     const u32 full = m.full + 8 * stage, words = m.stages + stage * STAGE_BYTES + TOKEN_BYTES;
     const u32 scales = m.scales + stage * SCALE_BYTES;
-    barrier_expect(full, STAGE_BYTES + SCALE_BYTES);
+    barrier_expect(full, WORD_BYTES + SCALE_BYTES);
 #pragma unroll
     for (int b = 0; b < BANDS; b++) {
         bring_run(words + b * 4 * BLOCK_BYTES, c.first[b], 4 * BLOCK_BYTES, full);
@@ -62,28 +61,31 @@ __device__ __forceinline__ void bring_weights(const Source& from, const Memory& 
     if (++c.phase == p.group_steps) c.phase = 0, c.group += GROUPS;
 }
 
-__device__ __forceinline__ void produce(const Source& from, const Memory& m, const Problem& p, u32 rank) {
-    const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-    const Item begin = item_of(p, cluster);
-    const int ahead = min(begin.steps(), STAGES);
-    Cursor weights = cursor_at(from, p, place(p.M, p.N, begin.tile, rank).row, begin.first);
-    for (int k = 0; k < ahead; k++) bring_weights(from, m, p, k, weights);
+// No wait for launches: there is room for the first stages, and for others when tokens came and were used.
+__device__ __forceinline__ void produce_weights(const Source& from, const Memory& m, const Problem& p, u32 rank) {
+    Ring ring;
+    for (int i = blockIdx.x / CLUSTER; i < p.items; i += gridDim.x / CLUSTER) {
+        const Item item = item_of(p, i);
+        Cursor at = cursor_at(from, p, place(p.M, p.N, item.tile, rank).row, item.first);
+        for (int k = item.first; k < item.end; k++, ring.next()) {
+            barrier_wait(m.empty + 8 * ring.stage, ring.parity ^ 1);
+            bring_weights(from, m, p, ring.stage, at);
+        }
+    }
+}
+
+__device__ __forceinline__ void produce_tokens(const TensorMap& tokens, const Memory& m, const Problem& p, u32 rank) {
     wait_for_launches();
     allow_launch();
     Ring ring;
-    for (int i = cluster; i < p.items; i += clusters) {
+    for (int i = blockIdx.x / CLUSTER; i < p.items; i += gridDim.x / CLUSTER) {
         const Item item = item_of(p, i);
-        const Place at = place(p.M, p.N, item.tile, rank);
-        const int there = i == cluster ? item.first + ahead : item.first;  // steps whose weights are on their way
-        if (i != cluster) weights = cursor_at(from, p, at.row, item.first);
+        const int token = place(p.M, p.N, item.tile, rank).token;
         for (int k = item.first; k < item.end; k++, ring.next()) {
-            const u32 stage = ring.stage;
-            if (k >= there) {
-                barrier_wait(m.empty + 8 * stage, ring.parity ^ 1);
-                bring_weights(from, m, p, stage, weights);
-            }
-            bring_tokens(m.stages + stage * STAGE_BYTES, from.tokens, m.full + 8 * stage, k * COLUMNS, at.token, rank,
-                         TOKEN_ROW);
+            const u32 full = m.full + 8 * ring.stage;
+            barrier_wait(m.empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(full, TOKEN_BYTES);
+            bring_tokens(m.stages + ring.stage * STAGE_BYTES, tokens, full, k * COLUMNS, token, rank, TOKEN_ROW);
         }
     }
 }
@@ -92,7 +94,7 @@ __device__ __forceinline__ void produce(const Source& from, const Memory& m, con
 
 // Part by part: one is made ready while the product of the one before runs. Ends with a product under way.
 template <int part>
-__device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&left)[2], Step& step, TeamRing& ring,
+__device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&left)[2], Step& step, Ring& ring,
                                           const Memory& m, bool begins, bool more) {
     multiply<part>(sums, left[part % 2], m.stages + ring.stage * STAGE_BYTES);
     if constexpr (part + 1 < PARTS) {
@@ -111,7 +113,7 @@ __device__ __forceinline__ void add_parts(float (&sums)[BLOCKS][SUMS], Left (&le
     }
 }
 
-__device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], TeamRing& ring, const Memory& m, int steps) {
+__device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], Ring& ring, const Memory& m, int steps) {
     Step step;
     Left left[2];
     barrier_wait(m.full + 8 * ring.stage, ring.parity);
@@ -122,34 +124,22 @@ __device__ __forceinline__ void add_products(float (&sums)[BLOCKS][SUMS], TeamRi
 
 __device__ __forceinline__ void consume(const TensorMap& results, u16* out, const void* bias, float* partial,
                                         int* counters, const Memory& m, const Problem& p, u32 rank) {
-    const int team = threadIdx.x / (128 * ROW_GROUPS), clusters = gridDim.x / CLUSTER;
-    TeamRing ring(team);
+    Ring ring;
     u32 turn = 0;
-    int before = 0;  // steps of this block
-    for (int i = blockIdx.x / CLUSTER; i < p.items; i += clusters) {
+    for (int i = blockIdx.x / CLUSTER; i < p.items; i += gridDim.x / CLUSTER) {
         const Item item = item_of(p, i);
         const Place at = place(p.M, p.N, item.tile, rank);
-        const int first = at.row + 64 * BLOCKS * (threadIdx.x / 128 % ROW_GROUPS);
-        // A stage is always the same team's, through all tiles: whoever skipped a phase of a barrier would take the one
-        // before it for the one after.
-        const int own = (item.steps() + (before + team + 1) % TEAMS) / TEAMS;
-        before += item.steps();
+        const int first = at.row + 64 * BLOCKS * (threadIdx.x / 128);
         float sums[BLOCKS][SUMS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
             for (int j = 0; j < SUMS; j++) sums[b][j] = 0.0f;
-        if (own > 0) {
-            add_products(sums, ring, m, own);
-            products_wait<0>();
+        add_products(sums, ring, m, item.steps());
+        products_wait<0>();
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
-            give_back(m.empty, ring.before());
-        }
-        if (TEAMS > 1) {
-            gather(sums, m, before > item.steps(), i + clusters < p.items);
-            if (team > 0) continue;
-        }
+        for (int b = 0; b < BLOCKS; b++) products_done(sums[b]);
+        give_back(m.empty, ring.before());
         if (item.steps() < p.steps && !settle(sums, partial, counters, m, p, item, rank)) continue;
 #if BIAS
         add_bias(sums, bias, p.N, first);
@@ -161,10 +151,8 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
 #endif
 }
 
-constexpr int THREADS = 128 * (WARPGROUPS + 1);
-
 // In clusters of CLUSTER blocks; first, second: words of codes (the second of 3 bits only).
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
     many_tokens(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap scale,
                 const __grid_constant__ TensorMap zero, const __grid_constant__ TensorMap results,
                 const unsigned char* first, const unsigned char* second, const void* bias, u16* out, float* partial,
@@ -173,24 +161,27 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Memory m;
     m.stages = (shared_address(memory) + 1023) & ~1023u;
     m.slots = m.stages + STAGES * STAGE_BYTES;
-    m.given = m.slots + RESULT_BYTES;
-    m.scales = m.given + GIVEN_BYTES;
+    m.scales = m.slots + RESULT_BYTES;
     m.full = m.scales + STAGES * SCALE_BYTES;
     m.empty = m.full + 8 * STAGES;
     m.flags = m.empty + 8 * STAGES;
     const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const Problem problem = {M, N, bands, steps, group_steps, whole, cuts, items};
-    init_stages(m.full, m.empty);
+    init_stages(m.full, m.empty, 2);
     if (threadIdx.x >= 128 * WARPGROUPS) {
-        set_registers_down<TEAMS == 1 ? 40 : 32>();
-        if (warp_number() == 4 * WARPGROUPS && elected()) {
+        set_registers_down<40>();
+        // Two, since one thread would bring stages more slowly than they are used in tiles of few tokens.
+        const u32 warp = warp_number() - 4 * WARPGROUPS;
+        if (warp == 0 && elected()) {
             fetch_map(scale);
+            produce_weights({first, second, scale, zero}, m, problem, rank);
+        } else if (warp == 1 && elected()) {
             fetch_map(tokens);
-            produce({first, second, scale, zero, tokens}, m, problem, rank);
+            produce_tokens(tokens, m, problem, rank);
         }
         __syncwarp();
     } else {
-        set_registers_up<TEAMS == 1 ? 232 : 112>();
+        set_registers_up<232>();
         consume(results, out, bias, partial, counters, m, problem, rank);
     }
     if (CLUSTER > 1) cluster_sync();

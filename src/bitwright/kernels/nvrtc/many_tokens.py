@@ -17,6 +17,8 @@ from bitwright.kernels.workspace import zeros
 
 __all__ = ["Config", "choose", "divide", "kernel", "linear"]
 
+_THREADS = 384
+
 
 def linear(
     x: Tensor, fragments: Fragments, bias: Tensor | None = None, config: Config | None = None, cuts: int | None = None
@@ -50,7 +52,7 @@ def linear(
     numbers = (M, f.N, bands, steps, -(-f.group_size // COLUMNS), d.whole, d.cuts, d.items)
     kernel(c, x.device.index)(
         d.blocks,
-        c.threads,
+        _THREADS,
         [
             tokens, scale, zero, results,
             *(ctypes.c_void_p(p.data_ptr()) for p in pointers),

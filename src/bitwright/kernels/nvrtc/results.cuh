@@ -8,7 +8,7 @@
 constexpr int PIECE = TOKENS % 32 == 0 ? 32 : 16;  // tokens that are written at a time
 constexpr int PIECES = BLOCKS * (TOKENS / PIECE);  // of a warpgroup
 constexpr int SLOT_BYTES = PIECE * 128;            // of results: PIECE tokens x 64 outputs
-constexpr int RESULT_BYTES = TMA_OUT ? ROW_GROUPS * 2 * SLOT_BYTES : 0;
+constexpr int RESULT_BYTES = TMA_OUT ? WARPGROUPS * 2 * SLOT_BYTES : 0;
 static_assert(TOKENS % PIECE == 0, "tokens come in sixteens");
 
 __device__ __forceinline__ u32 rounded(float low, float high) {

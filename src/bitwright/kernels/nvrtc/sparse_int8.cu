@@ -183,7 +183,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     const u32 full = slots + RESULT_BYTES, empty = full + 8 * STAGES;
     const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
     const Problem problem = {M, N, steps, outlier_steps};
-    init_stages(full, empty);
+    init_stages(full, empty, 1);
     if (threadIdx.x >= 128 * WARPGROUPS) {
         set_registers_down<24>();
         if (warp_number() == 4 * WARPGROUPS && elected()) {

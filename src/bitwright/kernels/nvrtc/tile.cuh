@@ -1,19 +1,14 @@
 // Tiles of ROWS outputs x TOKENS tokens, the stages that bring their operands, and clusters whose blocks have the same
-// tokens: what kernels share that have one warp to bring stages and two warpgroups that multiply, each half the rows; or
-// two teams of two, which take the stages in turn.
+// tokens: what kernels share that have two warpgroups that multiply, each half the rows.
 //
-// Macros: ROWS (128 or 256), TOKENS, STAGES (at least 2 of every team, as many of each), CLUSTER (blocks), BAND
-// token tiles, TEAMS (1 if not defined).
+// Macros: ROWS (128 or 256), TOKENS, STAGES (at least 2), CLUSTER (blocks), BAND token tiles.
 #pragma once
 #include "hopper.cuh"
 
-#ifndef TEAMS
-#define TEAMS 1
-#endif
-constexpr int ROW_GROUPS = 2, WARPGROUPS = ROW_GROUPS * TEAMS;
+constexpr int WARPGROUPS = 2;
 constexpr int BLOCKS = ROWS / 128;  // of 64 rows, that a warpgroup multiplies
 constexpr int SUMS = TOKENS / 2;    // registers of a thread for 64 rows
-static_assert(STAGES >= 2 * TEAMS && STAGES % TEAMS == 0, "a step is given back when the next one is under way");
+static_assert(STAGES >= 2, "a step is given back when the next one is under way");
 static_assert(TOKENS % (8 * CLUSTER) == 0, "what a block brings begins where the swizzle does");
 
 struct Ring {  // the stages in turn
@@ -22,16 +17,6 @@ struct Ring {  // the stages in turn
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     __device__ __forceinline__ u32 before() const { return stage == 0 ? STAGES - 1 : stage - 1; }
-};
-
-struct TeamRing {  // the stages of one team in turn
-    u32 stage, parity = 0;
-    __device__ __forceinline__ explicit TeamRing(u32 team) : stage(team) {}
-    __device__ __forceinline__ void next() {
-        stage += TEAMS;
-        if (stage >= STAGES) stage -= STAGES, parity ^= 1;
-    }
-    __device__ __forceinline__ u32 before() const { return stage < TEAMS ? stage + STAGES - TEAMS : stage - TEAMS; }
 };
 
 struct Place {
@@ -66,13 +51,13 @@ __device__ __forceinline__ void give_back(u32 empty, u32 stage) {
     if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty + 8 * stage, threadIdx.x % 32);
 }
 
-// Barriers of all stages, before any thread uses one: full by the warp that brings, empty by every warp that multiplies
+// Barriers of all stages, before any thread uses one: full by the `bringing` warps, empty by every warp that multiplies
 // it, in all blocks of the cluster.
-__device__ __forceinline__ void init_stages(u32 full, u32 empty) {
+__device__ __forceinline__ void init_stages(u32 full, u32 empty, u32 bringing) {
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, 4 * ROW_GROUPS * CLUSTER);
+            barrier_init(full + 8 * s, bringing);
+            barrier_init(empty + 8 * s, 4 * WARPGROUPS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async();
