@@ -75,7 +75,7 @@ def test_a_step_cuts_no_group_and_two_blocks_do_not_fit(
 
 
 @settings(max_examples=100, deadline=None)
-@given(group_size=st.integers(1, 3000), K=st.integers(1, 3000))
+@given(group_size=st.one_of(st.integers(1, 3000), st.integers(1, 90).map(lambda n: 32 * n)), K=st.integers(1, 3000))
 def test_groups_that_are_refused_would_be_cut(group_size: int, K: int) -> None:
     """A step holds whole column blocks, one for each of two teams at least."""
     assume(group_size < K)
