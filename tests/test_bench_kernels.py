@@ -13,7 +13,7 @@ from bitwright.bench import experts, kernels, peers, timing
 from bitwright.errors import BitwrightError
 from bitwright.kernels import dispatch, ops, reference
 from bitwright.kernels.dequantize import DequantizedWeight
-from bitwright.kernels.problem import GLUON, HOPPER, TRITON, Problem
+from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, NVRTC_MISSING, TRITON, Problem
 from bitwright.kernels.split_cuda import SplitMma
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
@@ -280,9 +280,17 @@ def cuda_problem(*features: str, scheme: str = "w4a16-g128", dtype: torch.dtype 
 def test_on_a_gpu_kernels_stand_by_themselves_beside_dequantize_and_gemm() -> None:
     ours = {c.name: c.absent for c in peers._ours(cuda_problem(TRITON, GLUON, HOPPER))}
     assert ours["triton"] is None and ours["gluon"] is None and ours[peers.DEQUANTIZED] is None
-    assert "last resort" in str(ours["dequantize"])
+    assert ours["hopper"] == NVRTC_MISSING and "last resort" in str(ours["dequantize"])
+    with_compiler = {c.name: c.absent for c in peers._ours(cuda_problem(TRITON, GLUON, HOPPER, NVRTC))}
+    assert with_compiler == ours | {"hopper": None}
     none = {c.name: c.absent for c in peers._ours(cuda_problem())}
-    assert none["triton"] and none["gluon"] and none["dequantize"] is None and peers.DEQUANTIZED not in none
+    assert (
+        none["triton"]
+        and none["gluon"]
+        and none["hopper"]
+        and none["dequantize"] is None
+        and peers.DEQUANTIZED not in none
+    )
 
 
 def test_chosen_is_what_a_call_runs() -> None:
@@ -290,6 +298,7 @@ def test_chosen_is_what_a_call_runs() -> None:
     assert peers.chosen(problem, 1) == "triton"
     assert peers.chosen(problem, 1 << 20) == peers.DEQUANTIZED
     assert peers.chosen(cuda_problem(TRITON, GLUON, HOPPER), 1) == "gluon"
+    assert {peers.chosen(cuda_problem(TRITON, GLUON, HOPPER, NVRTC), M) for M in (1, 1 << 20)} == {"hopper"}
     assert peers.chosen(cuda_problem(), 1) == "dequantize"
 
 

@@ -80,6 +80,20 @@ def test_copies_fill_more_than_the_cache() -> None:
     assert timing.copies(1e9, 250_000_000) == 1
 
 
+def test_short_rounds_are_made_long() -> None:
+    """Calls over and over in their order, a dozen at least, unless that takes more operations than a long round."""
+    gpu, calls = torch.device("cuda"), [lambda: 0, lambda: 1, lambda: 2, lambda: 3, lambda: 4]
+    for count, flops, times in (
+        (1, 1e6, 12), (5, 1e6, 3), (4, 1e6, 3), (5, 1e9, 3), (1, 1e11, 10), (2, 1e11, 5), (5, 1e11, 2), (1, 1e13, 1),
+        (5, 1e13, 1),
+    ):  # fmt: skip
+        made = timing.enough(calls[:count], flops, gpu)
+        assert [call() for call in made] == list(range(count)) * times, (count, flops)
+        assert timing.enough(calls[:count], flops, torch.device("cpu")) == calls[:count], "nothing has to be started"
+    many = calls * 5
+    assert timing.enough(many, 1.0, gpu) == many and timing.enough(many, 1.0, gpu) is not many
+
+
 def test_the_floor_is_the_longer_of_two_ways() -> None:
     ceilings = timing.Ceilings(1e3, 500, 1e6, torch.bfloat16)
     assert ceilings.floor(2000, 1e6) == 2.0

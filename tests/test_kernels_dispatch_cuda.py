@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError
 from bitwright.kernels import cuda, dispatch, problem
-from bitwright.kernels.cuda import FragmentWeight, GluonWeight, TritonWeight, gemm_above
+from bitwright.kernels.cuda import FragmentWeight, GluonWeight, HopperWeight, TritonWeight, gemm_above
 from bitwright.kernels.dequantize import DequantizedWeight, Int8Exact
 from bitwright.kernels.permuted import Permuted
 from bitwright.kernels.problem import (
@@ -19,6 +19,7 @@ from bitwright.kernels.problem import (
     GLUON,
     HOPPER,
     NVRTC,
+    NVRTC_MISSING,
     PDL,
     TRITON,
     Problem,
@@ -31,6 +32,7 @@ from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import Scheme
 
 ALL = frozenset({HOPPER, TRITON, GLUON, PDL})
+COMPILER = ALL | {NVRTC}
 SCHEMES = ("w4a16-g64", "w3a16-g32-asym", "w2a16-g128-asym", "w8a16", "w4a16")
 
 
@@ -60,6 +62,12 @@ def on_cpu(
 @pytest.mark.parametrize(
     ("text", "features", "changes", "expected", "why"),
     [
+        ("w4a16-g64", COMPILER, {}, HopperWeight, "for few tokens and for many, at any M; 4.25 bits"),
+        ("w3a16-g32-asym", COMPILER, {}, HopperWeight, "Hopper kernels"),
+        ("w4a16-g192", COMPILER, {}, HopperWeight, "Hopper kernels"),  # by the Gluon one, for any M
+        ("w4a16-g64", COMPILER - {GLUON}, {}, TritonWeight, "Triton kernel"),  # many tokens need it
+        ("w4a16-g64", COMPILER - {HOPPER}, {}, TritonWeight, "Triton kernel"),
+        ("w4a16-g96", COMPILER, {}, TritonWeight, "Triton kernel"),
         ("w4a16-g64", ALL, {}, GluonWeight, "Hopper kernel"),
         ("w4a16-g32", ALL, {}, GluonWeight, "Hopper kernel"),
         ("w4a16-g192", ALL, {}, GluonWeight, "Hopper kernel"),
@@ -98,10 +106,20 @@ def test_choice(text: str, features: frozenset[str], changes: dict, expected: ty
     ],
 )
 def test_refusals_have_reasons(text: str, features: frozenset[str], changes: dict, gluon: str, triton: str) -> None:
-    candidates = {c.name: c for c in dispatch.explain(given(text, features, **changes))}
-    for name, reason in (("gluon", gluon), ("triton", triton)):
-        assert candidates[name].usable == (reason is None)
-        assert reason is None or reason in candidates[name].reason
+    for more in (frozenset(), {NVRTC}):
+        candidates = {c.name: c for c in dispatch.explain(given(text, features | more, **changes))}
+        # A compiler alone does not make a Hopper kernel: what the Gluon one refuses, both do.
+        for name, reason in (("hopper", gluon), ("gluon", gluon), ("triton", triton)):
+            assert candidates[name].usable == (reason is None)
+            assert reason is None or reason in candidates[name].reason
+
+
+def test_a_missing_compiler_is_the_only_reason_for_the_gluon_kernel_alone() -> None:
+    with_it, without = ({c.name: c for c in dispatch.explain(given("w4a16-g64", f))} for f in (COMPILER, ALL))
+    assert list(with_it)[list(with_it).index("hopper") + 1] == "gluon", "its deputy comes next"
+    assert with_it["hopper"].usable and with_it["gluon"].usable
+    assert (without["hopper"].usable, without["hopper"].reason) == (False, NVRTC_MISSING)
+    assert without["gluon"] == with_it["gluon"] and without["triton"] == with_it["triton"]
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -141,11 +159,13 @@ def test_many_tokens_take_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     for M in (128, 129):
         packed(torch.zeros(M, 64, dtype=torch.bfloat16))
     assert asked == ["triton", "dequantize"]
-    asked.clear()
-    packed = on_cpu(GluonWeight, "w4a16-g64", random_weight("w4a16-g64", 16, 64))
-    assert packed.gemm_above is None
-    packed(torch.zeros(5000, 64, dtype=torch.bfloat16))
-    assert asked == ["gluon"]
+    for kind in (GluonWeight, HopperWeight):
+        asked.clear()
+        packed = on_cpu(kind, "w4a16-g64", random_weight("w4a16-g64", 16, 64))
+        assert packed.gemm_above is None
+        for M in (1, 5000):
+            packed(torch.zeros(M, 64, dtype=torch.bfloat16))
+        assert asked == [kind.NAME] * 2, "which of the Hopper kernels runs is not for this file to choose"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -171,7 +191,7 @@ def test_linear_is_one_operator_call_with_its_bias(monkeypatch: pytest.MonkeyPat
         assert biases[-1].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", [GluonWeight, TritonWeight])
+@pytest.mark.parametrize("kind", [HopperWeight, GluonWeight, TritonWeight])
 def test_preparing_changes_nothing_it_was_given(kind: type[FragmentWeight]) -> None:
     qt = random_weight("w4a16-g64", 40, 200)
     before = qt.codes.clone(), qt.scale.clone()

@@ -166,7 +166,7 @@ def test_the_named_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = linear_arguments(6, 4, False, bias)
         expected = ops.fragment_linear(*arguments)
         strided = torch.stack((arguments[0], arguments[0]), dim=-1)[..., 0]
-        for name in ("gluon", "triton"):
+        for name in ("hopper", "gluon", "triton"):
             assert torch.equal(ops._cuda_linear(strided, *arguments[1:-1], name), expected)
             assert called.pop() == name
         by_gemm = ops._cuda_linear(*arguments[:-1], "dequantize")
@@ -192,6 +192,16 @@ def test_an_expert_stack_reaches_its_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     given = seen[0][1]
     assert replace(given, words=f.words, scale=f.scale, zero=f.zero) == f and given.experts == 2
     assert all(map(torch.equal, given.tensors, f.tensors))
+
+
+@pytest.mark.parametrize("name", ["hopper", "gluon"])
+def test_hopper_kernels_refuse_other_scales(name: str) -> None:
+    arguments = linear_arguments(3, 4, True, False)[:-1]
+    assert arguments[2].dtype == torch.bfloat16
+    with pytest.raises(SchemeError, match=f"kernel '{name}' cannot multiply .*float16 activations with .*bfloat16"):
+        ops._cuda_linear(arguments[0].half(), *arguments[1:], name)
+    with pytest.raises(SchemeError, match=r"with torch\.float32 scales"):
+        ops._cuda_linear(*arguments[:2], arguments[2].float(), *arguments[3:], name)
 
 
 def test_unknown_kernels_are_refused() -> None:

@@ -13,7 +13,7 @@ from conftest import MOE_FAMILIES
 from torch import Tensor, nn
 
 from bitwright.algorithms.rtn import rtn
-from bitwright.kernels.cuda import GluonWeight, TritonWeight
+from bitwright.kernels.cuda import GluonWeight, HopperWeight, TritonWeight
 from bitwright.kernels.dispatch import Choice, prepare
 from bitwright.kernels.fragments import pack
 from bitwright.kernels.problem import Problem
@@ -39,7 +39,9 @@ def as_fragments(qt: QuantizedTensor, scheme: Scheme, dtype: torch.dtype, kind: 
     return QuantLinear(kind(problem, pack(qt, dtype)), scheme, Choice(kind, "for a test"))
 
 
-def experts_of(model: Any, scheme: Scheme = W4, dtype: torch.dtype = torch.float32) -> tuple[QuantExperts, Any]:
+def experts_of(
+    model: Any, scheme: Scheme = W4, dtype: torch.dtype = torch.float32, kind: Any = TritonWeight
+) -> tuple[QuantExperts, Any]:
     """(experts in fragments, not yet stacked; the fused module with the same, dequantized weights)."""
     model.set_experts_implementation("eager")
     block = discover(model).blocks[-1]
@@ -54,7 +56,7 @@ def experts_of(model: Any, scheme: Scheme = W4, dtype: torch.dtype = torch.float
             whole = list(parameters.values())[i // 2]
             qt = quantized(whole[e, rows[i]], scheme)
             whole[e, rows[i]] = qt.dequantize()
-            setattr(experts.get_submodule(str(e)), leaf, as_fragments(qt, scheme, dtype))
+            setattr(experts.get_submodule(str(e)), leaf, as_fragments(qt, scheme, dtype, kind))
     for name, p in parameters.items():
         setattr(fused, name, nn.Parameter(p.to(dtype), requires_grad=False))
     return experts, fused
@@ -169,6 +171,7 @@ def test_what_cannot_be_stacked_says_why(tiny_model) -> None:
         (QuantLinear(cpu, W4, choice), "2.w3 runs as dequantize, which has no grouped product"),
         (wide, "2.w3 is w8a16-g32, triton"),
         (as_fragments(weight, W4, torch.float32, GluonWeight), "2.w3 is w4a16-g32, gluon"),
+        (as_fragments(weight, W4, torch.float32, HopperWeight), "2.w3 is w4a16-g32, hopper"),
         (plain, "2.w3 is not quantized"),
     ):
         experts.get_submodule("2").w3 = replacement
@@ -196,6 +199,20 @@ def test_down_may_have_a_scheme_of_its_own(tiny_model) -> None:
         "1 ExpertStack w8a16-g32: triton",
     ]
     assert "one product for 8 matrices of experts" in lines[0] and "for 4 matrices" in lines[1]
+
+
+def test_a_stack_runs_by_the_kernel_of_its_experts(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitwright.nn import experts as module
+
+    product, called = module.fragment_experts, []
+    monkeypatch.setattr(module, "fragment_experts", lambda *a: called.append(a[-1]) or product(*a))
+    experts, fused = experts_of(tiny_model("mixtral"), kind=HopperWeight)
+    experts.stack()
+    x, index, weights = routed(7, 4, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, index, weights), fused(x, index, weights), rtol=1e-4, atol=1e-5)
+    assert called == ["hopper", "hopper"]
+    assert [line.split(" (")[0] for line in explain(experts)] == ["1 ExpertStack w4a16-g32: hopper"] * 2
 
 
 def test_stacks_hold_the_weights_of_their_experts(tiny_model) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitwright.bench import experts, kernels, peers, timing
-from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
+from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, cuda_features
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +60,7 @@ def test_every_kernel_that_takes_the_problem_is_right(scheme: str) -> None:
     assert not bad
     timed = {r["name"] for r in found if r["status"] == "ok" and r["kind"] == "ours"}
     expected = {"triton", peers.DEQUANTIZED} | ({"gluon"} if {HOPPER, GLUON} <= cuda_features() else set())
+    expected |= {"hopper"} if {HOPPER, GLUON, NVRTC} <= cuda_features() else set()
     assert expected <= timed
     assert all(r["roofline_share"] < 1.2 for r in found if r["status"] == "ok")
 

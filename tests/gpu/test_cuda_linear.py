@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import cuda, dispatch, ops
-from bitwright.kernels.cuda import FragmentWeight, GluonWeight, TritonWeight
+from bitwright.kernels.cuda import FragmentWeight, GluonWeight, HopperWeight, TritonWeight
 from bitwright.kernels.fragments import dequantize, pack, unpack
-from bitwright.kernels.problem import Problem, cuda_features
+from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, Problem, cuda_features
 from bitwright.nn.embedding import QuantEmbedding
 from bitwright.nn.linear import QuantLinear
 from bitwright.qtensor import QuantizedTensor
@@ -43,9 +43,9 @@ def relative(y: Tensor, expected: Tensor) -> float:
 
 
 def candidates(problem: Problem) -> list[type[FragmentWeight]]:
-    kinds = [k for k in (GluonWeight, TritonWeight) if k.refuse(problem) is None]
+    kinds = [k for k in (HopperWeight, GluonWeight, TritonWeight) if k.refuse(problem) is None]
     if not kinds:
-        pytest.skip(f"neither kernel runs here: {dispatch.explain(problem)}")
+        pytest.skip(f"no kernel runs here: {dispatch.explain(problem)}")
     return kinds
 
 
@@ -98,7 +98,8 @@ def test_opcheck(text: str) -> None:
     qt = random_weight(text, 64, 192)
     zero = None if qt.zero_point is None else qt.zero_point.cuda()
     f = pack(replace(qt, codes=qt.codes.cuda(), scale=qt.scale.cuda(), zero_point=zero), torch.bfloat16)
-    kernels = ["triton", "dequantize"] + ["gluon"] * ("hopper" in cuda_features() and "gluon" in cuda_features())
+    kernels = ["triton", "dequantize"] + ["gluon"] * ({HOPPER, GLUON} <= cuda_features())
+    kernels += ["hopper"] * ({HOPPER, GLUON, NVRTC} <= cuda_features())
     for kernel in kernels:
         for M in (0, 5):
             given = (activations(M, 192), list(f.words), f.scale, f.zero, None, 64, w.bits, f.group_size, kernel)
@@ -113,7 +114,7 @@ def test_modules(compiled: bool) -> None:
     scheme = Scheme.parse("w4a16-g64")
     qt, bias = random_weight("w4a16-g64", 256, 512), torch.randn(256)
     layer = QuantLinear.from_quantized(qt, scheme, bias, device="cuda")
-    assert layer.choice.name in ("gluon", "triton") and layer.packed.device.type == "cuda"
+    assert layer.choice.name in ("hopper", "gluon", "triton") and layer.packed.device.type == "cuda"
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
     weight = qt.dequantize(torch.bfloat16).cuda().double()
     with torch.no_grad():

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from bitwright.kernels import ops
 from bitwright.kernels.fragments import Fragments, pack, random, stack
-from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
+from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, cuda_features
 from bitwright.kernels.routing_ops import sort_by_expert
 from gpu import cases
 from gpu.cases import Case, Experts, Linear
@@ -35,8 +35,13 @@ class Kernel:
     experts: Experts
 
 
-@pytest.fixture(params=["gluon", "triton"])
+@pytest.fixture(params=["hopper", "gluon", "triton"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
+    if request.param == "hopper":
+        if not {HOPPER, GLUON, NVRTC} <= cuda_features():
+            pytest.skip("the Hopper kernels need a Hopper GPU, a Triton that they know and NVRTC")
+        hopper = import_module("bitwright.kernels.hopper")
+        return Kernel("hopper", hopper.linear, hopper.experts)
     if request.param == "gluon":
         if not {HOPPER, GLUON} <= cuda_features():
             pytest.skip("the Gluon kernel needs a Hopper GPU and a Triton that it knows")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bitwright as bw
 from bitwright.evaluate.perplexity import LogitSource, window_nll
-from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
+from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, cuda_features
 from bitwright.models.source import resolve
 from bitwright.nn import experts
 from bitwright.nn.experts import ExpertStack, QuantExperts
@@ -79,8 +79,9 @@ def greedy(steps: StaticDecoder, ids: Tensor, count: int) -> list[int]:
     return torch.cat(tokens).tolist()
 
 
-# The small models store float16 scales: activations of that dtype take the Hopper kernel where there is one.
-FASTEST = "gluon" if torch.cuda.is_available() and {HOPPER, GLUON} <= cuda_features() else "triton"
+# The small models store float16 scales: activations of that dtype take the Hopper kernels where there are any.
+FEATURES = cuda_features() if torch.cuda.is_available() else frozenset()
+FASTEST = ("hopper" if NVRTC in FEATURES else "gluon") if {HOPPER, GLUON} <= FEATURES else "triton"
 
 
 def kernels_of(model: Any) -> set[str]:

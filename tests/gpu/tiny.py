@@ -12,10 +12,10 @@ from importlib import import_module
 
 import torch
 
-from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
+from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, cuda_features
 from bitwright.kernels.triton import int8
 from gpu import cases, int8_cases
-from gpu.cases import BITS, Case
+from gpu.cases import BITS, Case, Experts, Linear
 
 # Ragged in M, N and K; several programs to a tile; tiles of many tokens.
 CASES = [
@@ -28,6 +28,7 @@ CASES = [
     )
 ]
 COUNTS = (3, 0, 18, 1)
+ANY = 1 << 30  # tokens
 INT8_CASES = [
     int8_cases.Case(4, 4, M=1, N=72, B=424, O=40, bias=True),
     int8_cases.Case(8, 8, M=17, N=40, B=1032, O=16),
@@ -37,20 +38,22 @@ INT8_CASES = [
 
 def main() -> None:
     """Run all of them; AssertionError at the first wrong bit."""
-    kernels = ["triton"]
+    kernels: dict[str, tuple[Linear, Experts, int]] = {}  # with the most tokens that each takes
+    triton_gemm, triton_experts = (import_module(f"bitwright.kernels.triton.{name}") for name in ("gemm", "experts"))
+    kernels["triton"] = triton_gemm.linear, triton_experts.linear, ANY
     if {HOPPER, GLUON} <= cuda_features():
-        kernels.append("gluon")
+        gluon = import_module("bitwright.kernels.gluon.gemm")
+        kernels["gluon"] = gluon.linear, gluon.experts, ANY
+    if {HOPPER, NVRTC} <= cuda_features():
+        few = import_module("bitwright.kernels.nvrtc.few_tokens")
+        kernels["few_tokens"] = few.linear, few.experts, few.MOST_TOKENS
     ran = 0
-    for name in kernels:
-        linear = import_module(f"bitwright.kernels.{name}.gemm").linear
-        module = "experts" if name == "triton" else "gemm"
-        experts = import_module(f"bitwright.kernels.{name}.{module}")
+    for linear, experts, most in kernels.values():
         for case in CASES:
-            cases.check_exact(linear, case)
+            cases.check_exact(linear, replace(case, M=min(case.M, most)))
             ran += 1
         for bits in BITS:
-            grouped = experts.linear if name == "triton" else experts.experts
-            cases.check_experts(grouped, Case(bits, 64, N=40, K=200), COUNTS, beyond=2)
+            cases.check_experts(experts, Case(bits, 64, N=40, K=200), COUNTS, beyond=2)
             ran += 1
         cases.check_exact(linear, replace(CASES[0], dtype=torch.float16))
         ran += 1
