@@ -62,7 +62,7 @@ def on_cpu(
 @pytest.mark.parametrize(
     ("text", "features", "changes", "expected", "why"),
     [
-        ("w4a16-g64", COMPILER, {}, HopperWeight, "for few tokens and for many, at any M; 4.25 bits"),
+        ("w4a16-g64", COMPILER, {}, HopperWeight, "Hopper kernels with the weight in registers at any M; 4.25 bits"),
         ("w3a16-g32-asym", COMPILER, {}, HopperWeight, "Hopper kernels"),
         ("w4a16-g192", COMPILER, {}, HopperWeight, "Hopper kernels"),  # by the Gluon one, for any M
         ("w4a16-g64", COMPILER - {GLUON}, {}, TritonWeight, "Triton kernel"),  # many tokens need it

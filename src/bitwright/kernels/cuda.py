@@ -123,7 +123,7 @@ class HopperWeight(GluonWeight):
     """The same with kernels in CUDA C++ for the numbers of tokens that these take faster."""
 
     NAME = "hopper"
-    _WHAT = "Hopper kernels with the weight in registers, for few tokens and for many,"
+    _WHAT = "Hopper kernels with the weight in registers"
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:

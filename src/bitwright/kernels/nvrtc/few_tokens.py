@@ -163,6 +163,7 @@ def experts(
     """What `gluon.gemm.experts` gives, for at most `MOST_SLOTS` of `slots`."""
     f = fragments
     assert f.experts is not None, "a stack of experts"
+    assert slots(x.shape[0], f.experts) <= MOST_SLOTS, "tiles that find no room"
     even, asymmetric = -(-x.shape[0] // f.experts), f.zero is not None
     c = config or choose(even, f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, False, True, settled)
     # How many steps there are is known on the device.
