@@ -5,11 +5,11 @@ holds the table of implementations and chooses one when the weights are prepared
 
 On a CPU: `layouts` are the invertible orders in which codes lie in memory, `cpu` uses PyTorch's own integer operators,
 `dequantize` runs anywhere. On an NVIDIA GPU: `fragments` is the one order in memory, `ops` the operators that torch
-knows, `cuda` the implementations over them; `gluon/` has the kernels for Hopper, `triton/` those for every GPU,
-`nvrtc/` what neither has words for, `workspace` the memory that programs of a kernel share, `routing_ops` the order in
-which experts take tokens. For split inputs, `split` has the implementations on a CPU, `split_ops` the operators that
-quantize activations, and `shared_input` lets linears that read one tensor call them once; on a GPU `int8_fragments`,
-`int8_ops` and `split_cuda` are order, operators and implementation, `sparse_fragments`, `sparse_ops` and `sparse_mma`
-the same for 2:4 on Hopper, `split_sparse` 2:4 elsewhere. `permuted` adds an order of columns to any of them. No order
-of memory reaches disk.
+knows, `cuda` the implementations over them; `triton/` has the kernels for every GPU, `gluon/` and, in CUDA C++,
+`nvrtc/` those for Hopper, of which `hopper` takes the fastest for a number of tokens; `workspace` is the memory that
+programs of a kernel share, `routing_ops` the order in which experts take tokens. For split inputs, `split` has the
+implementations on a CPU, `split_ops` the operators that quantize activations, and `shared_input` lets linears that read
+one tensor call them once; on a GPU `int8_fragments`, `int8_ops` and `split_cuda` are order, operators and
+implementation, `sparse_fragments`, `sparse_ops` and `sparse_mma` the same for 2:4 on Hopper, `split_sparse` 2:4
+elsewhere. `permuted` adds an order of columns to any of them. No order of memory reaches disk.
 """
