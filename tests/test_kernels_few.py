@@ -154,6 +154,10 @@ def test_few_tokens_are_the_business_of_this_kernel(called: list[str]) -> None:
     ):  # fmt: skip
         hopper.linear(torch.zeros(M, K, dtype=BF16), a_weight(group_size, K))
         assert (called.pop() == few) == own and not called, (group_size, K, M)
+    for N, bits, own in ((57344, 4, True), (65536, 4, False), (65536, 3, True)):  # of 8192 columns
+        huge = replace(a_weight(128, 512), N=N, K=8192, bits=bits)
+        hopper.linear(torch.zeros(1, 8192, dtype=BF16), huge)
+        assert (called.pop() == few) == own, (N, bits)
     stack = a_weight(64, 128, 5)
     for T, f, own in ((1, stack, True), (4, stack, True), (64, stack, False), (1, a_weight(192, 384, 5), False)):
         for settled in (False, True):
@@ -272,5 +276,6 @@ def built(source: str, c: Config) -> bytes:
     """Machine code of another text for `few_tokens.cu`."""
     library, _ = nvrtc._load()
     assert library is not None
-    headers = tuple((name, text(name)) for name in ("codes.cuh", "hopper.cuh"))
+    beside = (f.name for f in files("bitwright.kernels.nvrtc").iterdir() if f.name.endswith(".cuh"))
+    headers = tuple((name, text(name)) for name in beside)
     return nvrtc._compile(library, "few_tokens.cu", source, headers, c.options)[0]

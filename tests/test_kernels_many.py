@@ -150,6 +150,8 @@ def test_hopper_takes_it_where_powers_of_two_do_not_suit() -> None:
     # Timings behind this are in dev/LOG.md: at 300 tokens 67 against 81 us, at 512 87 against 86.
     assert suits(300, 8192, 8192) and suits(300, 4096, 11008) and suits(200, 12288, 4096)
     assert not any(suits(M, N, K) for M in (512, 1024, 2048, 8192) for N, K in SHAPES)
+    for bits, group_size in ((3, 128), (8, 128), (4, 32)):
+        assert not hopper._suits(300, 8192, 8192, bits, group_size, BF16, False, False, 132), "never timed"
 
 
 # --- the kernel

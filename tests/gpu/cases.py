@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.kernels.fragments import Fragments, pack, stack
+from bitwright.kernels.fragments import Fragments, dequantize_rows, pack, random, stack
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WeightScheme
 
@@ -120,6 +120,17 @@ def check_exact(linear: Linear, case: Case, device: str = "cuda") -> None:
     assert y.dtype == case.dtype
     assert_equal(y, expected, str(case))
     assert all(torch.equal(a.cpu(), b) for a, b in zip(given.tensors, f.tensors, strict=True)), "weights changed"
+
+
+def check_large_weight(linear: Linear, M: int) -> None:
+    """More than 2^31 bytes of words: the last rows are right."""
+    N, K = 140_032, 16384
+    f = random(N, K, 8, 128, True, torch.bfloat16, "cuda")
+    assert f.words[0].nbytes > 1 << 31
+    x = torch.randn(M, K, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
+    rows = torch.arange(N - 100, N, device="cuda")
+    expected = x.double() @ dequantize_rows(f, rows, torch.float32).double().t()
+    torch.testing.assert_close(linear(x, f, None)[:, rows].double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def check_one_hot(linear: Linear, case: Case, device: str = "cuda") -> None:

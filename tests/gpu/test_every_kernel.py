@@ -101,17 +101,18 @@ def test_a_chain_waits_for_each_result(kernel: Kernel, M: int, size: int) -> Non
         assert torch.equal(y, expected)
 
 
-def test_graph_of_experts_follows_the_routing(kernel: Kernel) -> None:
+@pytest.mark.parametrize("rows", [4, 24])
+def test_graph_of_experts_follows_the_routing(kernel: Kernel, rows: int) -> None:
     case = Case(4, 64, N=256, K=1024)
     f = cases.on(stack([pack(cases.weight(case, seed=e, powers=False), case.dtype) for e in range(4)]), "cuda")
-    x = torch.randn(24, case.K, device="cuda").to(case.dtype)
-    offsets = torch.tensor([0, 24, 24, 24, 24], dtype=torch.int32, device="cuda")
+    x = torch.randn(rows, case.K, device="cuda").to(case.dtype)
+    offsets = torch.tensor([0, rows, rows, rows, rows], dtype=torch.int32, device="cuda")
     kernel.experts(x, offsets, f)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = kernel.experts(x, offsets, f)
-    for routing in ([0, 0, 0, 0, 24], [0, 6, 12, 18, 24], [0, 1, 1, 24, 24]):
+    for routing in ([0, 0, 0, 0, rows], [rows * e // 4 for e in range(5)], [0, 1, 1, rows, rows]):
         offsets.copy_(torch.tensor(routing))
         y.fill_(float("nan"))
         graph.replay()

@@ -323,6 +323,11 @@ def test_two_streams() -> None:
     assert all(torch.equal(y, expected[i % 2]) for i, y in enumerate(found))
 
 
+@pytest.mark.skipif(torch.cuda.get_device_properties(0).total_memory < 24 << 30, reason="needs 24 GB")
+def test_a_weight_beyond_2_gib() -> None:
+    cases.check_large_weight(few_tokens.linear, 3)
+
+
 def test_an_unloaded_kernel_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"not loaded yet.*run the linear once"):

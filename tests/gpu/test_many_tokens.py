@@ -209,6 +209,11 @@ def test_offsets_beyond_32_bits(N: int) -> None:
     assert not y[:100].any()
 
 
+@pytest.mark.skipif(torch.cuda.get_device_properties(0).total_memory < 24 << 30, reason="needs 24 GB")
+def test_a_weight_beyond_2_gib() -> None:
+    cases.check_large_weight(many_tokens.linear, 150)
+
+
 def test_an_unloaded_kernel_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"not loaded yet.*run the linear once"):

@@ -38,7 +38,7 @@ INT8_CASES = [
 
 def main() -> None:
     """Run all of them; AssertionError at the first wrong bit."""
-    kernels: dict[str, tuple[Linear, Experts, int]] = {}  # with the most tokens that each takes
+    kernels: dict[str, tuple[Linear, Experts | None, int]] = {}  # with the most tokens that each takes
     triton_gemm, triton_experts = (import_module(f"bitwright.kernels.triton.{name}") for name in ("gemm", "experts"))
     kernels["triton"] = triton_gemm.linear, triton_experts.linear, ANY
     if {HOPPER, GLUON} <= cuda_features():
@@ -47,12 +47,15 @@ def main() -> None:
     if {HOPPER, NVRTC} <= cuda_features():
         few = import_module("bitwright.kernels.nvrtc.few_tokens")
         kernels["few_tokens"] = few.linear, few.experts, few.MOST_TOKENS
+        many = import_module("bitwright.kernels.nvrtc.many_tokens").linear
+        kernels["many_tokens"] = many, None, ANY
+        kernels["many_tokens in pieces"] = lambda x, f, bias=None: many(x, f, bias, cuts=2), None, ANY
     ran = 0
     for linear, experts, most in kernels.values():
         for case in CASES:
             cases.check_exact(linear, replace(case, M=min(case.M, most)))
             ran += 1
-        for bits in BITS:
+        for bits in BITS if experts is not None else ():
             cases.check_experts(experts, Case(bits, 64, N=40, K=200), COUNTS, beyond=2)
             ran += 1
         cases.check_exact(linear, replace(CASES[0], dtype=torch.float16))

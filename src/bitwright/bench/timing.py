@@ -33,7 +33,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one call: the median in seconds, its quartiles over `rounds` rounds of `calls` different calls."""
+    """Of one call: the median in seconds, its quartiles over `rounds` rounds of `calls` calls."""
 
     seconds: float
     low: float
@@ -191,11 +191,13 @@ def _gpu_rounds(rounds: Mapping[str, Round], repeats: int) -> dict[str, list[flo
         marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in rounds}
         for r in rounds.values():  # untimed: fills the queue and wakes the clocks
             r.run()
-        for _ in range(repeats):
-            for name, r in rounds.items():
+        names = list(rounds)
+        for i in range(repeats):
+            # Nobody always comes after the one that heats most.
+            for name in names[i % len(names) :] + names[: i % len(names)]:
                 before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 before.record()
-                r.run()
+                rounds[name].run()
                 after.record()
                 marks[name].append((before, after))
         torch.cuda.synchronize(device)

@@ -69,7 +69,7 @@ class FragmentWeight(Implementation):
     def prepare(cls, qt: QuantizedTensor, problem: Problem) -> Self:
         fragments = pack(qt, problem.dtype)
         if fragments.scale.is_cuda:
-            # The Hopper kernel asks for weights before it waits for the launch before it: they must be there.
+            # Hopper kernels ask for weights before they wait for the launch before them: they must be there.
             torch.cuda.current_stream(fragments.scale.device).synchronize()
         return cls(problem, fragments)
 
@@ -100,7 +100,7 @@ class GluonWeight(FragmentWeight):
     """Hopper: scales in the activations' dtype, groups that a step of the kernel does not cut."""
 
     NAME = "gluon"
-    _WHAT = "Hopper kernel with the weight in registers"
+    _WHAT = "Hopper kernel in Gluon with the weight in registers"
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:

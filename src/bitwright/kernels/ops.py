@@ -55,8 +55,8 @@ def _cuda_linear(
     group_size: int,
     kernel: str,
 ) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_empty(0, N)
+    if x.shape[0] == 0 or N == 0:
+        return x.new_empty(x.shape[0], N)
     _check(x, scale, kernel)
     packed = _fragments(words, scale, zero, N, x.shape[1], bits, group_size)
     if kernel == DEQUANTIZE:
@@ -103,8 +103,8 @@ def _cuda_experts(
     kernel: str,
     settled: bool = False,
 ) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_empty(0, N)
+    if x.shape[0] == 0 or N == 0:
+        return x.new_empty(x.shape[0], N)
     _check(x, scale, kernel)
     if offsets.dtype != torch.int32 or offsets.shape != (scale.shape[0] + 1,):
         raise SchemeError(

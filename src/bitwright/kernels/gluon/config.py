@@ -1,4 +1,4 @@
-"""Tiles, stages and the division of work for the Hopper kernel, as pure functions."""
+"""Tiles, stages and the division of work for the Gluon kernel, as pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launching the Hopper kernel: descriptors, workspace, division of work."""
+"""Launching the Gluon kernel for Hopper: descriptors, workspace, division of work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel: y = x Wᵀ for packed W, warp-specialized, any number of tokens.
+"""The Gluon kernel for Hopper: y = x Wᵀ for packed W, warp-specialized, any number of tokens.
 
 One producer warp brings stages of words, scales and activations by TMA; NWG warpgroups turn words into the register
 operand of wgmma (`fragment.operand`) and multiply, tokens on the N side, so few tokens waste nothing. How the work is

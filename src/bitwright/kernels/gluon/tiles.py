@@ -1,4 +1,4 @@
-"""Which tiles, and which part of their steps along K, a program of the Hopper kernel computes.
+"""Which tiles, and which part of their steps along K, a program of the Gluon kernel computes.
 
 Tiles times steps are cut into equal runs: whole tiles first, one after the other on each program, then what is left in
 runs that may begin and end inside a tile ("stream-K", Osama et al., 2023). A run is taken from its end: the tile that

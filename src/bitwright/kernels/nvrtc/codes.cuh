@@ -8,7 +8,7 @@
 #pragma once
 #include "hopper.cuh"
 
-constexpr int WORDS_OF_LANE = BITS == 3 ? 3 : BITS;  // of a block of 16 rows x 64 columns
+constexpr int WORDS_OF_LANE = BITS;  // of a block of 16 rows x 64 columns
 constexpr int BLOCK_BYTES = BITS == 3 ? 256 : 128 * BITS, SECOND_BYTES = BITS == 3 ? 128 : 0;  // of both tensors of words
 constexpr u32 MAGIC = FLOAT16 ? 0x64006400u : 0x43004300u;
 constexpr float MAGIC_VALUE = FLOAT16 ? 1024.0f : 128.0f;

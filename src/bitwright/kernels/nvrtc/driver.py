@@ -56,7 +56,7 @@ class _LaunchConfig(ctypes.Structure):
 class Kernel:
     """A function of a cubin on one device.
 
-    shared: bytes of dynamic shared memory of a block. arguments: ctypes types, in order.
+    shared: bytes of dynamic shared memory of a block.
     """
 
     def __init__(self, cubin: bytes, name: str, shared: int, device: int) -> None:

@@ -17,52 +17,12 @@
 // step; 0: a row), TOKENS (8 or 16), WARPS that multiply, in TEAMS (1 or 2) that share the columns of a step, COLUMNS
 // (column blocks of 64 a step), STAGES, EXPERTS (0: one weight; 1: a stack with sorted rows), SETTLED (see
 // `ops.fragment_experts`), MOST_SLOTS (token tiles of all experts).
-#include "codes.cuh"
-
-constexpr int STEP = 64 * COLUMNS, TEAM = WARPS / TEAMS, ROWS = 16 * TEAM, BANDS = ROWS / 64;
-constexpr int SHARE = COLUMNS / TEAMS;  // column blocks of a step that a team takes
-constexpr int GROUPS = GROUP == 0 || GROUP >= STEP ? 1 : STEP / GROUP, WIDTH = STEP / GROUPS;
-constexpr int EIGHTS = TOKENS / 8;
-constexpr int TOKEN_BYTES = COLUMNS * TOKENS * 128;  // 64 columns of all tokens, then the next 64
-constexpr int BAND_BYTES = 4 * BLOCK_BYTES, SECOND_BAND_BYTES = 4 * SECOND_BYTES;  // of one column block
-constexpr int WORD_BYTES = BANDS * COLUMNS * BAND_BYTES, SECOND_WORD_BYTES = BANDS * COLUMNS * SECOND_BAND_BYTES;
-constexpr int SCALE_BYTES = GROUPS * ROWS * 2;
-constexpr int SECOND_AT = TOKEN_BYTES + WORD_BYTES, SCALE_AT = SECOND_AT + SECOND_WORD_BYTES;
-constexpr int ZERO_AT = SCALE_AT + SCALE_BYTES;
-constexpr int STAGE_BYTES = (ZERO_AT + (ASYM ? SCALE_BYTES : 0) + 1023) / 1024 * 1024;
-constexpr int SUMS = 4 * EIGHTS;  // of a thread, four for 8 tokens
-static_assert(ROWS % 64 == 0 && ROWS <= 256 && (GROUP < STEP ? WIDTH * GROUPS == STEP : GROUP % STEP == 0), "");
-static_assert(64 * SHARE % WIDTH == 0 || WIDTH % (64 * SHARE) == 0, "");
-constexpr int GIVEN_BYTES = TEAMS > 1 ? 2 * (TEAMS - 1) * ROWS * TOKENS * 4 : 0;  // sums that teams hand over
-
-struct Problem {
-    int M, N, bands, columns, groups;  // bands and column blocks of a weight, rows of its scales
-    int tiles, steps, per;                // tiles along N, steps of a tile, steps of a run
-};
+#include "few_slots.cuh"
+#include "few_sums.cuh"
 
 struct Operands {
     const unsigned char *words, *second;
-    const int* offsets;
 };
-
-struct Slot {  // tokens that meet one weight
-    int expert, first, end;
-};
-
-struct Ring {  // the stages in turn
-    u32 stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
-__device__ __forceinline__ Slot slot_at(const Slot* slots, const Problem& p, int slot) {
-#if EXPERTS
-    return slots[min(slot, MOST_SLOTS - 1)];
-#else
-    return {0, 0, p.M};
-#endif
-}
 
 // ---- the warp that brings stages (one thread of it) ----
 
@@ -146,7 +106,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Operands& o, con
 
 // ---- the warps that multiply ----
 
-// Two or four 8 x 8 matrices of 16 bits; the lane gives the address of row lane % 8 of matrix lane / 8.
+// Four 8 x 8 matrices of 16 bits; the lane gives the address of row lane % 8 of matrix lane / 8.
 __device__ __forceinline__ void read_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -165,16 +125,6 @@ __device__ __forceinline__ void product(float (&d)[4], const u32 (&a)[4], u32 b0
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
                    "f"(c[3]));
-}
-
-__device__ __forceinline__ float number_of(u32 bits) {
-#if FLOAT16
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((u16)bits));
-    return r;
-#else
-    return __uint_as_float(bits << 16);
-#endif
 }
 
 // Scales and zero points of a group for the rows of this thread.
@@ -241,96 +191,6 @@ __device__ __forceinline__ void add_step(float (&sums)[SUMS], u32 stage) {
     }
 }
 
-// Number i of a thread's sums: its token and its row in the tile.
-__device__ __forceinline__ int token_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
-
-__device__ __forceinline__ int row_of(int i) {
-    return threadIdx.x / 32 % TEAM * 16 + threadIdx.x % 32 / 4 + i % 4 / 2 * 8;
-}
-
-struct alignas(16) Four {
-    u32 v[4];
-};
-
-// Leaves four numbers in memory and takes what was there, in one go.
-__device__ __forceinline__ Four exchanged(Four* at, const Four& x) {
-    Four r;
-    asm volatile(
-        "{ .reg .b128 given, found; .reg .b64 low, high;\n"
-        "mov.b64 low, {%4, %5}; mov.b64 high, {%6, %7}; mov.b128 given, {low, high};\n"
-        "atom.global.exch.b128 found, [%8], given;\n"
-        "mov.b128 {low, high}, found; mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high; }"
-        : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
-        : "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), "l"(at)
-        : "memory");
-    return r;
-}
-
-// Piece `piece` of `pieces` of a tile, of which boundaries first, first + 1, ... lie between its blocks: adds what others
-// left of the sums, or leaves them. `whole` says which fours are complete in the end; the others need not be looked at.
-__device__ __forceinline__ void settle(float (&sums)[SUMS], bool (&whole)[EIGHTS], Four* exchange, int piece, int pieces,
-                                       int first) {
-    for (int width = 1; width < pieces; width *= 2) {  // pieces in one place of the tree
-        const int place = piece / width;
-        if ((place ^ 1) * width >= pieces) continue;  // alone: goes on to the next level
-        const int boundary = first + (place | 1) * width - 1;
-        Four* at = exchange + (u64)boundary * (ROWS * TOKENS / 4) + threadIdx.x / 32 * (32 * EIGHTS) + threadIdx.x % 32;
-        Four found[EIGHTS];
-#pragma unroll
-        for (int f = 0; f < EIGHTS; f++) {
-            // Memory is 0 where nothing was left, so a sum of 0 is left as -0, which changes no sum.
-            Four given;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const u32 bits = __float_as_uint(sums[4 * f + i]);
-                given.v[i] = bits == 0 ? 0x80000000u : bits;
-            }
-            if (whole[f]) found[f] = exchanged(at + 32 * f, given);
-        }
-#pragma unroll
-        for (int f = 0; f < EIGHTS; f++) {
-            if (!whole[f]) continue;
-            whole[f] = found[f].v[0] != 0;
-            if (whole[f]) {
-                at[32 * f] = {0, 0, 0, 0};  // as it was found, for the next launch
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[4 * f + i] += __uint_as_float(found[f].v[i]);
-            }
-        }
-    }
-}
-
-// The sums of all teams, for the first one; a piece takes one of two places in turn.
-__device__ __forceinline__ void gather(float (&sums)[SUMS], u32 given, int piece) {
-    const int team = threadIdx.x / 32 / TEAM;
-    const u32 place = given + piece % 2 * (GIVEN_BYTES / 2) + threadIdx.x % (32 * TEAM) * 16;
-#pragma unroll
-    for (int f = 0; f < EIGHTS; f++)
-        if (team > 0)
-            write16(place + ((team - 1) * EIGHTS + f) * (TEAM * 512), sums[4 * f], sums[4 * f + 1], sums[4 * f + 2],
-                    sums[4 * f + 3]);
-    named_sync(1, 32 * WARPS);
-    if (team > 0) return;
-#pragma unroll
-    for (int other = 0; other < TEAMS - 1; other++)
-#pragma unroll
-        for (int f = 0; f < EIGHTS; f++) {
-            const Words4 v = read16(place + (other * EIGHTS + f) * (TEAM * 512));
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[4 * f + i] += __uint_as_float(v.w[i]);
-        }
-}
-
-__device__ __forceinline__ u16 rounded(float v) {
-    u16 r;
-#if FLOAT16
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#endif
-    return r;
-}
-
 __device__ __forceinline__ void consume(u16* out, const u16* bias, Four* exchange, const Slot* slots, const Problem& p,
                                         u32 stages, u32 full, u32 empty, u32 given, int first, int last) {
     Ring ring;
@@ -370,29 +230,6 @@ __device__ __forceinline__ void consume(u16* out, const u16* bias, Four* exchang
         }
     }
 }
-
-#if EXPERTS
-// Token tiles of all experts, in order; gives how many there are. By one warp.
-__device__ __forceinline__ int find_slots(Slot* slots, const int* offsets, int experts) {
-    const int lane = threadIdx.x % 32;
-    int before = 0;
-    for (int e = 0; e < experts; e += 32) {
-        const bool there = e + lane < experts;
-        const int first = there ? offsets[e + lane] : 0, end = there ? offsets[e + lane + 1] : 0;
-        const int tiles = (end - first + TOKENS - 1) / TOKENS;
-        int upto = tiles;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, upto, d);
-            if (lane >= d) upto += other;
-        }
-        for (int t = 0; t < tiles; t++)
-            slots[before + upto - tiles + t] = {e + lane, first + t * TOKENS, end};
-        before += __shfl_sync(0xffffffffu, upto, 31);
-    }
-    return before;
-}
-#endif
 
 // out [M, N] = x Wᵀ + bias, of M tokens at most TOKENS; of a stack, rows offsets[e] ... offsets[e + 1] - 1 of x meet
 // weight e. exchange: zeros, left zero, ROWS * TOKENS for every block.
@@ -441,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, 1)
     if (brings) {
         named_arrive(2, 32 * WARPS + 32);
         if (elected())
-            produce({tokens, scale, zero}, {words, second, offsets}, slots, p, stages, full, empty, first, last);
+            produce({tokens, scale, zero}, {words, second}, slots, p, stages, full, empty, first, last);
     } else {
         named_sync(2, 32 * WARPS + 32);
         consume(out, bias, exchange, slots, p, stages, full, empty, given, first, last);

@@ -110,9 +110,12 @@ def choose(
     settled: bool = False,
 ) -> Config:
     """For a weight [N, K] (or a stack of them) and `tokens` tokens; where there are more, in tiles of `MOST_TOKENS`."""
+    assert takes(group_size, K), f"groups of {group_size}"
     teams = 1 if N >= _MANY_OUTPUTS else 2
     group = 0 if group_size >= K else group_size
-    columns = {2: 16, 3: 16, 4: 8, 8: 4}[bits] if teams == 2 else {2: 8, 3: 4, 4: 4, 8: 2}[bits]  # 16 KiB of words
+    columns = (
+        {2: 16, 3: 16, 4: 8, 8: 4}[bits] if teams == 2 else {2: 8, 3: 4, 4: 4, 8: 2}[bits]
+    )  # about 16 KiB of words
     while group and group % (columns * COLUMNS) and columns * COLUMNS % group:
         columns //= 2  # a step must not cut a group
     return Config(

@@ -11,7 +11,7 @@
 //
 // Macros: BITS of a code (2, 3, 4 or 8), FLOAT16 (0: bfloat16), ASYM (with zero points), GROUPS of scales in 64 columns
 // (1 or 2), ROWS (128 or 256) and TOKENS (a multiple of 16) of a tile, CHUNKS of 16 columns whose operands are made at a
-// time (1 or 2), STAGES, CLUSTER (1, 2 or 4 blocks), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8).
+// time (1 or 2), STAGES, CLUSTER (1 or 2 blocks; with 4 it is right, too), BAND token tiles, BIAS (0 or 1), TMA_OUT (N is a multiple of 8).
 #include "many_sums.cuh"
 #include "many_tile.cuh"
 

@@ -15,8 +15,6 @@ from bitwright.kernels.nvrtc.many_config import Config, choose, divide
 from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
 
-__all__ = ["Config", "choose", "divide", "kernel", "linear"]
-
 _THREADS = 384
 
 

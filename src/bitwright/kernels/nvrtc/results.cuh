@@ -3,6 +3,7 @@
 //
 // Macros: those of tile.cuh, FLOAT16 (0: bfloat16), BIAS (0: none, 1: as the result, 2: float32), TMA_OUT.
 #pragma once
+#include "half.cuh"
 #include "tile.cuh"
 
 constexpr int PIECE = TOKENS % 32 == 0 ? 32 : 16;  // tokens that are written at a time
@@ -11,25 +12,11 @@ constexpr int SLOT_BYTES = PIECE * 128;            // of results: PIECE tokens x
 constexpr int RESULT_BYTES = TMA_OUT ? WARPGROUPS * 2 * SLOT_BYTES : 0;
 static_assert(TOKENS % PIECE == 0, "tokens come in sixteens");
 
-__device__ __forceinline__ u32 rounded(float low, float high) {
-    u32 r;
-#if FLOAT16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
-}
-
 __device__ __forceinline__ float bias_of(const void* bias, int row) {
 #if BIAS == 2
     return ((const float*)bias)[row];
-#elif FLOAT16
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(((const u16*)bias)[row]));
-    return r;
 #else
-    return __uint_as_float((u32)((const u16*)bias)[row] << 16);
+    return number_of(((const u16*)bias)[row]);
 #endif
 }
 
@@ -50,7 +37,8 @@ __device__ __forceinline__ void add_bias(float (&y)[BLOCKS][SUMS], const void* b
         }
 }
 
-// Results [64 * BLOCKS rows, tokens] of a warpgroup to out [tokens, rows]. turn: of the two slots the next one, 0 at first.
+// Results [64 * BLOCKS rows, tokens] of a warpgroup to out [tokens, rows]. turn: of the two slots the next one, at first
+// 0.
 __device__ __forceinline__ void write(const float (&y)[BLOCKS][SUMS], const TensorMap& map, u16* out, u32 slots,
                                       u32& turn, int M, int N, int token, int row) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;

@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_products(int (&sums)[BLOCKS][SUMS], Ring& ri
         multiply<0>(sums, low, right);
         products_commit();
         products_wait<1>();
-        if (k > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+        if (k > 0) give_back(empty, ring.before());
 #if BITS == 4
         set_left<1>(high, words);
 #else
@@ -153,7 +153,7 @@ __device__ __forceinline__ void consume(const TensorMap& results, u16* out, cons
                     outlier_product(y[b], left + (b * 64 * OUTLIER_ROW + 32 * k) / 16, right + 32 * k / 16);
             products_commit();
             products_wait<1>();
-            if (o > 0) give_back(empty, stage == 0 ? STAGES - 1 : stage - 1);
+            if (o > 0) give_back(empty, ring.before());
             ring.next();
         }
         products_wait<0>();

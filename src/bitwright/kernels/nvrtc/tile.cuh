@@ -3,21 +3,13 @@
 //
 // Macros: ROWS (128 or 256), TOKENS, STAGES (at least 2), CLUSTER (blocks), BAND token tiles.
 #pragma once
-#include "hopper.cuh"
+#include "ring.cuh"
 
 constexpr int WARPGROUPS = 2;
 constexpr int BLOCKS = ROWS / 128;  // of 64 rows, that a warpgroup multiplies
 constexpr int SUMS = TOKENS / 2;    // registers of a thread for 64 rows
 static_assert(STAGES >= 2, "a step is given back when the next one is under way");
 static_assert(TOKENS % (8 * CLUSTER) == 0, "what a block brings begins where the swizzle does");
-
-struct Ring {  // the stages in turn
-    u32 stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-    __device__ __forceinline__ u32 before() const { return stage == 0 ? STAGES - 1 : stage - 1; }
-};
 
 struct Place {
     int token, row;  // the first of a tile
