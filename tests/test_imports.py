@@ -14,6 +14,7 @@ import bitwright
 PACKAGE = Path(bitwright.__file__).parent
 
 VOCABULARY = {"errors", "scheme", "recipe", "numerics", "packing", "qtensor", "devices", "activations", "split"}
+VOCABULARY |= {"cache"}
 PIPELINE = {"pipeline", "blockwise", "plan", "solve", "smoothing", "run_folder", "evidence"}
 # Each part may import itself, the vocabulary and what stands here. `bitwright` alone means the package's own __init__.
 ALLOWED = {

@@ -13,10 +13,11 @@ import transformers as tf
 from conftest import build_tiny, tiny_config
 from safetensors.torch import load_file
 
+from bitwright import cache as kept
 from bitwright.errors import CheckpointError, DependencyError
 from bitwright.models import source
 from bitwright.models.load import open_model
-from bitwright.models.source import cache_folder, resolve
+from bitwright.models.source import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_hub_model_without_safetensors(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITWRIGHT_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "bitwright"
+    assert kept.folder() == Path.home() / ".cache" / "bitwright"
 
 
 # -------------------------------------------------------------------------------------------------------------- gguf

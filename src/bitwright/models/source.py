@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from bitwright import cache
 from bitwright.errors import CheckpointError, DependencyError, OutputError
 from bitwright.models.checkpoint import INDEX, PICKLED, SINGLE, pickled_error
 
@@ -46,11 +47,6 @@ def resolve(model: str | os.PathLike[str], trust_remote_code: bool = False) -> P
     return _from_hub(text, trust_remote_code)
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $BITWRIGHT_CACHE, else ~/.cache/bitwright."""
-    return Path(os.environ.get("BITWRIGHT_CACHE") or "~/.cache/bitwright").expanduser()
-
-
 def _from_hub(name: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -72,7 +68,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> Path:
 
 def _from_gguf(file: Path) -> Path:
     """The folder that holds `file` dequantized to float32; made on the first call, atomically."""
-    target = cache_folder() / f"gguf-{file.stem}-{_sha256(file)[:16]}"
+    target = cache.folder() / f"gguf-{file.stem}-{_sha256(file)[:16]}"
     if (target / "config.json").is_file():
         return target
     try:

@@ -9,15 +9,18 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+from bitwright import cache
 from bitwright.errors import DependencyError
 
 ARCHITECTURE = "sm_90a"
+_ELF = b"\x7fELF"  # what machine code begins with
 _OLDEST = (12, 4)  # releases before it were never tried
 _MAJORS = (13, 12)  # of CUDA, the preferred first
 _MISSING = (
@@ -25,12 +28,14 @@ _MISSING = (
     "torch's CUDA wheels bring it"
 )
 
+Program = tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]  # source file, headers besides those here, options
+
 
 class CompileError(DependencyError, RuntimeError):
     """A program that NVRTC refuses; the message holds what it says."""
 
 
-@cache
+@lru_cache(maxsize=1)
 def missing() -> str | None:
     """Why nothing can be compiled, or None; found out by compiling something small."""
     nvrtc, reason = _load()
@@ -50,13 +55,31 @@ def compiled(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str
     headers: (name, text) of what it may include besides the .cuh files beside it. DependencyError without NVRTC,
     CompileError if it does not compile.
     """
+    nvrtc, source, included = _inputs(name, headers)
+    return _compile(nvrtc, name, source, included, options)
+
+
+def machine_code(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str, ...]) -> bytes:
+    """The cubin that `compiled` gives, kept in `cache` from one process to the next."""
+    nvrtc, source, included = _inputs(name, headers)
+    made_of = (_version(nvrtc), ARCHITECTURE, name, source, sorted(included), options)
+    digest = sha256(repr(made_of).encode()).hexdigest()[:32]
+    path = cache.folder() / "kernels" / f"{Path(name).stem}-{digest}.cubin"
+    held = cache.read(path)
+    if held is None or not held.startswith(_ELF):
+        held = compiled(name, headers, options)[0]
+        cache.keep(path, held)
+    return held
+
+
+def _inputs(name: str, headers: Sequence[tuple[str, str]]) -> tuple[ctypes.CDLL, str, list[tuple[str, str]]]:
+    """(NVRTC, the text of the source file, name and text of all that it may include)."""
     nvrtc, reason = _load()
     if nvrtc is None:
         raise DependencyError(reason or _MISSING)
     folder = files(__package__)
-    beside = tuple((f.name, f.read_text(encoding="utf-8")) for f in folder.iterdir() if f.name.endswith(".cuh"))
-    included = (*beside, *headers)
-    return _compile(nvrtc, name, (folder / name).read_text(encoding="utf-8"), included, options)
+    beside = [(f.name, f.read_text(encoding="utf-8")) for f in folder.iterdir() if f.name.endswith(".cuh")]
+    return nvrtc, (folder / name).read_text(encoding="utf-8"), [*beside, *headers]
 
 
 def _compile(
@@ -103,7 +126,7 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
         raise CompileError(f"NVRTC: {nvrtc.nvrtcGetErrorString(result).decode()}")
 
 
-@cache
+@lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """(the library, None) or (None, why not)."""
     reason = _MISSING
@@ -115,13 +138,19 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             nvrtc = ctypes.CDLL(path)
         except OSError:
             continue
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        if nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+        version = _version(nvrtc)
+        if version is None:
             continue
-        if (major.value, minor.value) >= _OLDEST:
+        if version >= _OLDEST:
             return nvrtc, None
-        reason = f"needs NVRTC {_OLDEST[0]}.{_OLDEST[1]} or later, {path} is {major.value}.{minor.value}"
+        reason = f"needs NVRTC {_OLDEST[0]}.{_OLDEST[1]} or later, {path} is {version[0]}.{version[1]}"
     return None, reason
+
+
+def _version(nvrtc: ctypes.CDLL) -> tuple[int, int] | None:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    failed = nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return None if failed else (major.value, minor.value)
 
 
 def _candidates() -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments
-from bitwright.kernels.nvrtc.compile import compiled
+from bitwright.kernels.nvrtc.compile import Program, compiled, machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
@@ -91,9 +91,15 @@ class Config:
         values |= {"STAGES": self.stages, "MOST_SLOTS": MOST_SLOTS}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
+    @property
+    def program(self) -> Program:
+        """What `compile` is asked for."""
+        return "few_tokens.cu", (), self.options
+
     def cubin(self, *options: str) -> tuple[bytes, str]:
         """(machine code, what the compiler says); more options for it."""
-        return compiled("few_tokens.cu", (), (*self.options, *options))
+        name, headers, own = self.program
+        return compiled(name, headers, (*own, *options))
 
 
 @lru_cache(maxsize=4096)
@@ -207,6 +213,6 @@ def _launch(
 
 @lru_cache(maxsize=1024)
 def kernel(config: Config, device: int) -> Kernel:
-    """Compiled and loaded at its first use in a process (0.2 s), which may not be while a graph is captured."""
+    """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.2 s)."""
     loading(f"{config.TOKENS} tokens")
-    return Kernel(config.cubin()[0], "few_tokens", config.shared, device)
+    return Kernel(machine_code(*config.program), "few_tokens", config.shared, device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels.int8_fragments import STEP
-from bitwright.kernels.nvrtc.compile import compiled
+from bitwright.kernels.nvrtc.compile import Program, compiled, machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.nvrtc.instructions import sparse_header
 from bitwright.kernels.sparse_fragments import block_bytes
@@ -69,10 +69,16 @@ class Config:
         values = {f.name: getattr(self, f.name) for f in fields(self)} | {"STAGES": self.stages}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
+    @property
+    def program(self) -> Program:
+        """What `compile` is asked for."""
+        headers = (("instructions.cuh", sparse_header(self.TOKENS, bool(self.FLOAT16))),)
+        return "sparse_int8.cu", headers, self.options
+
     def cubin(self, *options: str) -> tuple[bytes, str]:
         """(machine code, what the compiler says); more options for it."""
-        headers = (("instructions.cuh", sparse_header(self.TOKENS, bool(self.FLOAT16))),)
-        return compiled("sparse_int8.cu", headers, (*self.options, *options))
+        name, headers, own = self.program
+        return compiled(name, headers, (*own, *options))
 
 
 @lru_cache(maxsize=4096)
@@ -150,9 +156,9 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def kernel(config: Config, device: int) -> Kernel:
-    """Compiled and loaded at its first use in a process (0.3 to 1 s), which may not be while a graph is captured."""
+    """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.3 to 1 s)."""
     loading(f"tiles of {config.ROWS} x {config.TOKENS}")
-    return Kernel(config.cubin()[0], "sparse_int8", config.shared, device)
+    return Kernel(machine_code(*config.program), "sparse_int8", config.shared, device)
 
 
 def _aligned(operand: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS
-from bitwright.kernels.nvrtc.compile import compiled
+from bitwright.kernels.nvrtc.compile import Program, compiled
 from bitwright.kernels.nvrtc.instructions import weight_header
 
 SHARED_MEMORY = 227 << 10  # bytes of a block
@@ -74,10 +74,16 @@ class Config:
         values = {f.name: getattr(self, f.name) for f in fields(self)} | {"STAGES": self.stages}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
+    @property
+    def program(self) -> Program:
+        """What `compile` is asked for."""
+        headers = (("instructions.cuh", weight_header(self.TOKENS, bool(self.FLOAT16))),)
+        return "many_tokens.cu", headers, self.options
+
     def cubin(self, *options: str) -> tuple[bytes, str]:
         """(machine code, what the compiler says); more options for it."""
-        headers = (("instructions.cuh", weight_header(self.TOKENS, bool(self.FLOAT16))),)
-        return compiled("many_tokens.cu", headers, (*self.options, *options))
+        name, headers, own = self.program
+        return compiled(name, headers, (*own, *options))
 
     def clusters(self, M: int, N: int) -> int:
         """Tiles, each one of every block of a cluster, of M tokens by N outputs."""

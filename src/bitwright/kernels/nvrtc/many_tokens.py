@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitwright.kernels.fragments import COLUMNS, Fragments
+from bitwright.kernels.nvrtc.compile import machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.nvrtc.many_config import Config, choose, divide
 from bitwright.kernels.triton.gemm import machine
@@ -63,6 +64,6 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def kernel(config: Config, device: int) -> Kernel:
-    """Compiled and loaded at its first use in a process (0.6 s), which may not be while a graph is captured."""
+    """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.6 s)."""
     loading(f"tiles of {config.ROWS} x {config.TOKENS}")
-    return Kernel(config.cubin()[0], "many_tokens", config.shared, device)
+    return Kernel(machine_code(*config.program), "many_tokens", config.shared, device)
