@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bitwright.kernels import tma
 from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.gluon.config import PIECE, Config, Division, choose, choose_experts, divide, divide_experts
 from bitwright.kernels.gluon.fragment import stage
@@ -48,10 +48,7 @@ def launch(
 ) -> Tensor:
     """One launch at a given configuration."""
     M, K = x.shape
-    if K % 8:
-        x = pad(x, (0, -K % 8))  # TMA wants rows to begin at multiples of 16 bytes
-    elif x.data_ptr() % 16:
-        x = x.clone()
+    x = tma.rows(x)
     out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
     flags = zeros(division.flags, x.device)
     partial = flags.view(torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bitwright.kernels import tma
 from bitwright.kernels.gluon.config import PIECE, SHARED_MEMORY
 from bitwright.kernels.gluon.int8_kernel import int8_gemm
 from bitwright.kernels.int8_fragments import STEP
@@ -105,11 +106,6 @@ def fills(M: int, N: int, processors: int) -> bool:
     return -(-M // 64) * -(-N // (128 * NWG)) >= processors // 3
 
 
-def _aligned(operand: Tensor) -> Tensor:
-    """The operand at an address that TMA takes: a multiple of 16 bytes."""
-    return operand.clone() if operand.data_ptr() % 16 else operand
-
-
 def outlier_layout(columns: int) -> gl.NVMMASharedLayout:
     """Of a step of so many outliers in shared memory: rows as long as the swizzle."""
     return gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2)
@@ -138,7 +134,7 @@ def linear(
         return out
     processors = machine(codes.device)[1]
     c = config or choose(M, N, O, bits, bias is not None, processors)
-    codes, weight, outliers, weight_outliers = map(_aligned, (codes, weight, outliers, weight_outliers))
+    codes, weight, outliers, weight_outliers = map(tma.aligned, (codes, weight, outliers, weight_outliers))
     tokens = TensorDescriptor(codes, list(codes.shape), [codes.shape[1], 1], [c.BM, STEP], CODES)
     if bits == 4:
         words = weight.view(torch.int32).flatten(1)

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from bitwright.kernels import tma
 from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments
 from bitwright.kernels.nvrtc.compile import Program, compiled, machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
@@ -182,11 +182,7 @@ def experts(
 def _launch(
     x: Tensor, f: Fragments, bias: Tensor | None, c: Config, blocks: int, per: int, offsets: Tensor | None
 ) -> Tensor:
-    M, K = x.shape
-    if K % 8:
-        x = pad(x, (0, -K % 8))  # TMA wants rows to begin at multiples of 16 bytes
-    elif x.data_ptr() % 16:
-        x = x.clone()
+    M, x = x.shape[0], tma.rows(x)
     out = torch.empty(M, f.N, dtype=x.dtype, device=x.device)
     bind(x.device.index)
     exchange = zeros(c.rows * c.TOKENS * blocks, x.device)

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bitwright.kernels import tma
 from bitwright.kernels.int8_fragments import STEP
 from bitwright.kernels.nvrtc.compile import Program, compiled, machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
@@ -130,7 +131,7 @@ def linear(
     c = config or choose(M, N, O, bits, None if bias is None else bias.dtype, dtype, processors)
     if bias is not None and c.BIAS == _FLOAT32:
         bias = bias.to(torch.float32)
-    codes, weight, outliers, weight_outliers = map(_aligned, (codes, weight, outliers, weight_outliers))
+    codes, weight, outliers, weight_outliers = map(tma.aligned, (codes, weight, outliers, weight_outliers))
     tokens = tensor_map(codes, (c.TOKENS // c.CLUSTER, STEP), 128)
     matrix = tensor_map(weight.view(torch.int64).flatten(1), (c.ROWS // 16, block_bytes(bits) // 8), 0)
     weight_columns = columns = results = tokens
@@ -159,8 +160,3 @@ def kernel(config: Config, device: int) -> Kernel:
     """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.3 to 1 s)."""
     loading(f"tiles of {config.ROWS} x {config.TOKENS}")
     return Kernel(machine_code(*config.program), "sparse_int8", config.shared, device)
-
-
-def _aligned(operand: Tensor) -> Tensor:
-    """The operand at an address that TMA takes: a multiple of 16 bytes."""
-    return operand.clone() if operand.data_ptr() % 16 else operand

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from bitwright.kernels import tma
 from bitwright.kernels.fragments import COLUMNS, Fragments
 from bitwright.kernels.nvrtc.compile import machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
@@ -36,10 +36,7 @@ def linear(
     asymmetric = f.zero is not None
     c = config or choose(M, f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, bias is not None, processors)
     d = divide(M, f.N, f.K, c, processors, cuts)
-    if f.K % 8:
-        x = pad(x, (0, -f.K % 8))  # TMA wants rows to begin at multiples of 16 bytes
-    elif x.data_ptr() % 16:
-        x = x.clone()
+    x = tma.rows(x)
     counters = zeros(d.counters, x.device)
     partial = torch.empty(d.numbers, dtype=torch.float32, device=x.device)
     bands, steps = f.words[0].shape[:2]
