@@ -67,12 +67,14 @@ def test_a_changed_source_makes_another(compiler: Compiler, monkeypatch: pytest.
     assert len(compiler.asked) == 3
 
 
-def test_what_is_no_machine_code_is_made_again(compiler: Compiler, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [0, 20, 40, -1])
+def test_what_is_not_whole_is_made_again(compiler: Compiler, tmp_path: Path, length: int) -> None:
     nvrtc.machine_code("few_tokens.cu", (), OPTIONS)
     (kept,) = (tmp_path / "cache" / "kernels").iterdir()
-    kept.write_bytes(b"")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:length])
     assert nvrtc.machine_code("few_tokens.cu", (), OPTIONS) == b"\x7fELF of -DBITS=4"
-    assert len(compiler.asked) == 2 and kept.read_bytes().startswith(b"\x7fELF")
+    assert len(compiler.asked) == 2 and kept.read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(
@@ -86,10 +88,10 @@ def test_a_folder_that_cannot_be_written_is_no_error(
 
 
 def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, target: Path) -> Path:
+    def full(source: str, target: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(cache.os, "replace", full)
     cache.keep(tmp_path / "a" / "b", b"content")
     assert list((tmp_path / "a").iterdir()) == [] and cache.read(tmp_path / "a" / "b") is None
 

@@ -25,13 +25,14 @@ _MARGIN = 0.95  # of the Gluon kernel's time, for estimates that are good to som
 
 def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tensor:
     """What `gluon.gemm.linear` gives: x Wᵀ + bias for x [M, K] bf16 or fp16, M > 0, as [M, N] in the dtype of x."""
-    f = fragments
+    f, M = fragments, x.shape[0]
     huge = f.bits == 4 and f.N * f.K >= _HUGE
-    if x.shape[0] <= few_tokens.MOST_TOKENS and few_tokens.takes(f.group_size, f.K) and not huge:
+    if M <= few_tokens.MOST_TOKENS and few_tokens.takes(f.group_size, f.K) and not huge:
         return few_tokens.linear(x, f, bias)
-    kind = (f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None)
-    if x.shape[0] > _MANY_TOKENS and _suits(x.shape[0], f.N, f.K, *kind, machine(x.device)[1]):
-        return many_tokens.linear(x, f, bias)
+    if M > _MANY_TOKENS:
+        kind = (f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None)
+        if _suits(M, f.N, f.K, *kind, machine(x.device)[1]):
+            return many_tokens.linear(x, f, bias)
     return gemm.linear(x, f, bias)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -20,7 +23,6 @@ from bitwright import cache
 from bitwright.errors import DependencyError
 
 ARCHITECTURE = "sm_90a"
-_ELF = b"\x7fELF"  # what machine code begins with
 _OLDEST = (12, 4)  # releases before it were never tried
 _MAJORS = (13, 12)  # of CUDA, the preferred first
 _MISSING = (
@@ -28,11 +30,42 @@ _MISSING = (
     "torch's CUDA wheels bring it"
 )
 
-Program = tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]  # source file, headers besides those here, options
+
+Header = tuple[str, str]  # name and text
 
 
 class CompileError(DependencyError, RuntimeError):
     """A program that NVRTC refuses; the message holds what it says."""
+
+
+class Macros(ABC):
+    """A frozen dataclass whose fields are the macros of the source file SOURCE."""
+
+    SOURCE: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def stages(self) -> int:
+        """In shared memory: what STAGES becomes."""
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """What the file includes besides the .cuh files beside it."""
+        return ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For the compiler."""
+        values = {f.name: getattr(self, f.name) for f in fields(cast(Any, self))} | {"STAGES": self.stages}
+        return tuple(f"-D{name}={int(value)}" for name, value in values.items())
+
+    def cubin(self, *options: str) -> tuple[bytes, str]:
+        """(machine code, what the compiler says); more options for it."""
+        return compiled(self.SOURCE, self.headers, (*self.options, *options))
+
+    def machine_code(self) -> bytes:
+        """The same, kept from one process to the next."""
+        return machine_code(self.SOURCE, self.headers, self.options)
 
 
 @lru_cache(maxsize=1)
@@ -49,7 +82,7 @@ def missing() -> str | None:
 
 
 @lru_cache(maxsize=256)
-def compiled(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str, ...]) -> tuple[bytes, str]:
+def compiled(name: str, headers: tuple[Header, ...], options: tuple[str, ...]) -> tuple[bytes, str]:
     """(cubin, what the compiler says) of the source file `name` of this folder.
 
     headers: (name, text) of what it may include besides the .cuh files beside it. DependencyError without NVRTC,
@@ -59,20 +92,20 @@ def compiled(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str
     return _compile(nvrtc, name, source, included, options)
 
 
-def machine_code(name: str, headers: tuple[tuple[str, str], ...], options: tuple[str, ...]) -> bytes:
+def machine_code(name: str, headers: tuple[Header, ...], options: tuple[str, ...]) -> bytes:
     """The cubin that `compiled` gives, kept in `cache` from one process to the next."""
     nvrtc, source, included = _inputs(name, headers)
     made_of = (_version(nvrtc), ARCHITECTURE, name, source, sorted(included), options)
     digest = sha256(repr(made_of).encode()).hexdigest()[:32]
     path = cache.folder() / "kernels" / f"{Path(name).stem}-{digest}.cubin"
     held = cache.read(path)
-    if held is None or not held.startswith(_ELF):
+    if held is None:
         held = compiled(name, headers, options)[0]
         cache.keep(path, held)
     return held
 
 
-def _inputs(name: str, headers: Sequence[tuple[str, str]]) -> tuple[ctypes.CDLL, str, list[tuple[str, str]]]:
+def _inputs(name: str, headers: Sequence[Header]) -> tuple[ctypes.CDLL, str, list[tuple[str, str]]]:
     """(NVRTC, the text of the source file, name and text of all that it may include)."""
     nvrtc, reason = _load()
     if nvrtc is None:

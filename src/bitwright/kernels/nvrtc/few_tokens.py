@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.kernels import tma
 from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments
-from bitwright.kernels.nvrtc.compile import Program, compiled, machine_code
+from bitwright.kernels.nvrtc.compile import Macros
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
@@ -28,11 +28,15 @@ _SLOT_BYTES = 12
 # into more tiles instead of more pieces along K, whose sums would have to be added up.
 _MANY_OUTPUTS = 1 << 15
 _WARPS = 8
+# Column blocks of a step by teams and bits: about 16 KiB of words.
+_COLUMNS = {1: {2: 8, 3: 4, 4: 4, 8: 2}, 2: {2: 16, 3: 16, 4: 8, 8: 4}}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Macros):
     """Macros of `few_tokens.cu`; there is what they mean. STAGES: None = as many as fit."""
+
+    SOURCE = "few_tokens.cu"
 
     BITS: int
     FLOAT16: int
@@ -87,19 +91,7 @@ class Config:
     @property
     def options(self) -> tuple[str, ...]:
         """For the compiler."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"STAGES": self.stages, "MOST_SLOTS": MOST_SLOTS}
-        return tuple(f"-D{name}={int(value)}" for name, value in values.items())
-
-    @property
-    def program(self) -> Program:
-        """What `compile` is asked for."""
-        return "few_tokens.cu", (), self.options
-
-    def cubin(self, *options: str) -> tuple[bytes, str]:
-        """(machine code, what the compiler says); more options for it."""
-        name, headers, own = self.program
-        return compiled(name, headers, (*own, *options))
+        return (*super().options, f"-DMOST_SLOTS={MOST_SLOTS}")
 
 
 @lru_cache(maxsize=4096)
@@ -119,9 +111,7 @@ def choose(
     assert takes(group_size, K), f"groups of {group_size}"
     teams = 1 if N >= _MANY_OUTPUTS else 2
     group = 0 if group_size >= K else group_size
-    columns = (
-        {2: 16, 3: 16, 4: 8, 8: 4}[bits] if teams == 2 else {2: 8, 3: 4, 4: 4, 8: 2}[bits]
-    )  # about 16 KiB of words
+    columns = _COLUMNS[teams][bits]
     while group and group % (columns * COLUMNS) and columns * COLUMNS % group:
         columns //= 2  # a step must not cut a group
     return Config(
@@ -211,4 +201,4 @@ def _launch(
 def kernel(config: Config, device: int) -> Kernel:
     """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.2 s)."""
     loading(f"{config.TOKENS} tokens")
-    return Kernel(machine_code(*config.program), "few_tokens", config.shared, device)
+    return Kernel(config.machine_code(), "few_tokens", config.shared, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.kernels import tma
 from bitwright.kernels.int8_fragments import STEP
-from bitwright.kernels.nvrtc.compile import Program, compiled, machine_code
+from bitwright.kernels.nvrtc.compile import Header, Macros
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.nvrtc.instructions import sparse_header
 from bitwright.kernels.sparse_fragments import block_bytes
@@ -30,8 +30,10 @@ _SAME, _FLOAT32 = 1, 2  # BIAS
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Macros):
     """Macros of `sparse_int8.cu`; there is what they mean. STAGES: None = as many as fit."""
+
+    SOURCE = "sparse_int8.cu"
 
     BITS: int
     ROWS: int
@@ -65,21 +67,9 @@ class Config:
         return -(-M // self.TOKENS) * -(-N // (self.ROWS * self.CLUSTER))
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """For the compiler."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"STAGES": self.stages}
-        return tuple(f"-D{name}={int(value)}" for name, value in values.items())
-
-    @property
-    def program(self) -> Program:
-        """What `compile` is asked for."""
-        headers = (("instructions.cuh", sparse_header(self.TOKENS, bool(self.FLOAT16))),)
-        return "sparse_int8.cu", headers, self.options
-
-    def cubin(self, *options: str) -> tuple[bytes, str]:
-        """(machine code, what the compiler says); more options for it."""
-        name, headers, own = self.program
-        return compiled(name, headers, (*own, *options))
+    def headers(self) -> tuple[Header, ...]:
+        """The products of so many tokens."""
+        return (("instructions.cuh", sparse_header(self.TOKENS, bool(self.FLOAT16))),)
 
 
 @lru_cache(maxsize=4096)
@@ -159,4 +149,4 @@ def linear(
 def kernel(config: Config, device: int) -> Kernel:
     """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.3 to 1 s)."""
     loading(f"tiles of {config.ROWS} x {config.TOKENS}")
-    return Kernel(machine_code(*config.program), "sparse_int8", config.shared, device)
+    return Kernel(config.machine_code(), "sparse_int8", config.shared, device)

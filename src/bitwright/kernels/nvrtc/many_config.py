@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS
-from bitwright.kernels.nvrtc.compile import Program, compiled
+from bitwright.kernels.nvrtc.compile import Header, Macros
 from bitwright.kernels.nvrtc.instructions import weight_header
 
 SHARED_MEMORY = 227 << 10  # bytes of a block
@@ -26,8 +26,10 @@ _PIECES, _PIECE_RATE = 4.5, 18300  # of a tile in pieces; numbers of one that ar
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Macros):
     """Macros of `many_tokens.cu`; there is what they mean. STAGES: None = as many as fit."""
+
+    SOURCE = "many_tokens.cu"
 
     BITS: int
     FLOAT16: int
@@ -69,21 +71,9 @@ class Config:
         return ALIGNMENT + results + 4 * _WARPGROUPS
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """For the compiler."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"STAGES": self.stages}
-        return tuple(f"-D{name}={int(value)}" for name, value in values.items())
-
-    @property
-    def program(self) -> Program:
-        """What `compile` is asked for."""
-        headers = (("instructions.cuh", weight_header(self.TOKENS, bool(self.FLOAT16))),)
-        return "many_tokens.cu", headers, self.options
-
-    def cubin(self, *options: str) -> tuple[bytes, str]:
-        """(machine code, what the compiler says); more options for it."""
-        name, headers, own = self.program
-        return compiled(name, headers, (*own, *options))
+    def headers(self) -> tuple[Header, ...]:
+        """The products of so many tokens."""
+        return (("instructions.cuh", weight_header(self.TOKENS, bool(self.FLOAT16))),)
 
     def clusters(self, M: int, N: int) -> int:
         """Tiles, each one of every block of a cluster, of M tokens by N outputs."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bitwright.kernels import tma
 from bitwright.kernels.fragments import COLUMNS, Fragments
-from bitwright.kernels.nvrtc.compile import machine_code
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.nvrtc.many_config import Config, choose, divide
 from bitwright.kernels.triton.gemm import machine
@@ -63,4 +62,4 @@ def linear(
 def kernel(config: Config, device: int) -> Kernel:
     """Loaded at its first use in a process, which may not be while a graph is captured; compiled once (0.6 s)."""
     loading(f"tiles of {config.ROWS} x {config.TOKENS}")
-    return Kernel(machine_code(*config.program), "many_tokens", config.shared, device)
+    return Kernel(config.machine_code(), "many_tokens", config.shared, device)
