@@ -1,5 +1,6 @@
 # make demo    quantize a real small model, and show what it cost
 # make test    every test that runs on a CPU, the real small model included
+# make explore the tests of properties on examples that nobody drew before, ROUNDS times
 # make lint    ruff and mypy
 #
 # Each target makes .venv by itself, once, and again when pyproject.toml changes. Needs a package index and nothing else.
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-quick test lint format clean
+.PHONY: demo demo-quick test explore lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -29,6 +30,12 @@ demo-quick: $(STAMP)
 # One thread a process and as many processes as cores: small tensors gain nothing from threads that wait for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+
+ROUNDS ?= 5
+explore: $(STAMP)
+	for round in $$(seq $(ROUNDS)); do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --hypothesis-profile explore -m hypothesis $(PYTEST) || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
