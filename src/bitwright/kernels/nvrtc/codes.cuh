@@ -6,61 +6,14 @@
 //
 // Macros: BITS of a code (2, 3, 4 or 8), FLOAT16 (0: bfloat16), ASYM (with zero points).
 #pragma once
-#include "hopper.cuh"
+#include "half.cuh"
 
 constexpr int WORDS_OF_LANE = BITS;  // of a block of 16 rows x 64 columns
 constexpr int BLOCK_BYTES = BITS == 3 ? 256 : 128 * BITS, SECOND_BYTES = BITS == 3 ? 128 : 0;  // of both tensors of words
 constexpr u32 MAGIC = FLOAT16 ? 0x64006400u : 0x43004300u;
 constexpr float MAGIC_VALUE = FLOAT16 ? 1024.0f : 128.0f;
 
-// ---- arithmetic on pairs of 16-bit floats ----
-
-__device__ __forceinline__ u32 pair_of(float v) {  // exact numbers only
-    u32 r;
-#if FLOAT16
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-#endif
-    return r;
-}
-
-#if FLOAT16
-#define PAIRS "f16x2"
-#else
-#define PAIRS "bf16x2"
-#endif
-
-__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
-    u32 r;
-    asm("add.rn." PAIRS " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
-__device__ __forceinline__ u32 subtract_pairs(u32 a, u32 b) {
-    u32 r;
-    asm("sub.rn." PAIRS " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
-__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
-    u32 r;
-    asm("mul.rn." PAIRS " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
-__device__ __forceinline__ u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
-    u32 r;
-    asm("fma.rn." PAIRS " %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-    return r;
-}
-
-// (word & mask) | magic
-__device__ __forceinline__ u32 merged(u32 word, u32 mask) {
-    u32 r;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(mask), "n"(MAGIC));
-    return r;
-}
+__device__ __forceinline__ u32 merged(u32 word, u32 mask) { return and_or<MAGIC>(word, mask); }
 
 // ---- words ----
 

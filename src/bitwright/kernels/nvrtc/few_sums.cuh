@@ -9,24 +9,6 @@ __device__ __forceinline__ int row_of(int i) {
     return threadIdx.x / 32 % TEAM * 16 + threadIdx.x % 32 / 4 + i % 4 / 2 * 8;
 }
 
-struct alignas(16) Four {
-    u32 v[4];
-};
-
-// Leaves four numbers in memory and takes what was there, in one go.
-__device__ __forceinline__ Four exchanged(Four* at, const Four& x) {
-    Four r;
-    asm volatile(
-        "{ .reg .b128 given, found; .reg .b64 low, high;\n"
-        "mov.b64 low, {%4, %5}; mov.b64 high, {%6, %7}; mov.b128 given, {low, high};\n"
-        "atom.global.exch.b128 found, [%8], given;\n"
-        "mov.b128 {low, high}, found; mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high; }"
-        : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
-        : "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), "l"(at)
-        : "memory");
-    return r;
-}
-
 // Piece `piece` of `pieces` of a tile, of which boundaries first, first + 1, ... lie between its blocks: adds what others
 // left of the sums, or leaves them. `whole` says which fours are complete in the end; the others need not be looked at.
 __device__ __forceinline__ void settle(float (&sums)[SUMS], bool (&whole)[EIGHTS], Four* exchange, int piece, int pieces,

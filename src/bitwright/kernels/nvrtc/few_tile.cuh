@@ -1,7 +1,7 @@
 // Tiles and stages of `few_tokens.cu`.
 #pragma once
 #include "codes.cuh"
-#include "half.cuh"
+#include "mma.cuh"
 #include "ring.cuh"
 
 constexpr int STEP = 64 * COLUMNS, TEAM = WARPS / TEAMS, ROWS = 16 * TEAM, BANDS = ROWS / 64;

@@ -1,4 +1,4 @@
-// 16-bit floats, bf16 or fp16 by the macro FLOAT16, as bits.
+// 16-bit floats, bf16 or fp16 by the macro FLOAT16, as bits: conversions, and arithmetic on pairs of them.
 #pragma once
 #include "hopper.cuh"
 
@@ -29,5 +29,47 @@ __device__ __forceinline__ u32 rounded(float low, float high) {
 #else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #endif
+    return r;
+}
+
+// ---- arithmetic on pairs of 16-bit floats ----
+
+__device__ __forceinline__ u32 pair_of(float v) {  // exact numbers only
+    u32 r;
+#if FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
+#endif
+    return r;
+}
+
+#if FLOAT16
+#define PAIRS "f16x2"
+#else
+#define PAIRS "bf16x2"
+#endif
+
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
+    u32 r;
+    asm("add.rn." PAIRS " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 subtract_pairs(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn." PAIRS " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn." PAIRS " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn." PAIRS " %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }

@@ -17,6 +17,12 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+// Barriers that were initialized before this are there for TMA and for other blocks of the cluster.
+__device__ __forceinline__ void barriers_ready() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -245,4 +251,34 @@ __device__ __forceinline__ void write_transposed(u32 address, u32 a, u32 b, u32 
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
                  "r"(b), "r"(c), "r"(d)
                  : "memory");
+}
+
+// ---- memory of the GPU ----
+
+struct alignas(16) Four {
+    u32 v[4];
+};
+
+// Leaves four numbers in memory and takes what was there, in one go.
+__device__ __forceinline__ Four exchanged(Four* at, const Four& x) {
+    Four r;
+    asm volatile(
+        "{ .reg .b128 given, found; .reg .b64 low, high;\n"
+        "mov.b64 low, {%4, %5}; mov.b64 high, {%6, %7}; mov.b128 given, {low, high};\n"
+        "atom.global.exch.b128 found, [%8], given;\n"
+        "mov.b128 {low, high}, found; mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high; }"
+        : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+        : "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), "l"(at)
+        : "memory");
+    return r;
+}
+
+// ---- logic ----
+
+// (word & mask) | ones, in one instruction.
+template <u32 ones>
+__device__ __forceinline__ u32 and_or(u32 word, u32 mask) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(mask), "n"(ones));
+    return r;
 }

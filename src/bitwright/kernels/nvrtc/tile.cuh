@@ -51,8 +51,7 @@ __device__ __forceinline__ void init_stages(u32 full, u32 empty, u32 bringing) {
             barrier_init(full + 8 * s, bringing);
             barrier_init(empty + 8 * s, 4 * WARPGROUPS * CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        fence_async();
+        barriers_ready();
     }
     // No block may be written to before its barriers are there, nor after it is gone.
     if (CLUSTER > 1) cluster_sync_barriers();

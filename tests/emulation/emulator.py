@@ -1,0 +1,151 @@
+"""Kernels in CUDA C++ without a GPU: the same sources compiled for the CPU, with other headers for the instructions.
+
+`few_tokens`, `many_tokens` and `sparse_int8` include hopper.cuh, half.cuh, mma.cuh and instructions.cuh for whatever
+only a GPU does; the files of these names beside this one do it on the CPU, thread by thread (`threads.h`). `emulated`
+makes a launcher's own Python code launch them with CPU tensors, so its division of work and its maps are tried as well.
+What is not shown: speed, the memory model of a GPU beyond waits, and whether PTX means what these headers say.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from tempfile import mkdtemp
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from bitwright.kernels.nvrtc.compile import Macros
+
+_HERE = Path(__file__).parent
+
+
+class TensorMap(ctypes.Structure):
+    """As hopper.cuh here reads it: 128 bytes."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        *((name, ctypes.c_uint64) for name in ("rows", "columns", "size", "box_rows", "box_columns", "swizzle")),
+        ("unused", ctypes.c_uint64 * 9),
+    )
+
+
+class Fault(AssertionError):
+    """A thread did what it must not, or all wait for each other."""
+
+
+@contextmanager
+def emulated(
+    launcher: ModuleType,
+    early: Sequence[Tensor],
+    processors: int = 8,
+    seed: int = 0,
+    change: tuple[str, str] | None = None,
+) -> Iterator[None]:
+    """Within, `launcher` runs its kernel on CPU tensors, on a GPU of so many processors.
+
+    early: what no earlier launch writes; everything else may be read after a wait for launches alone. seed: of the
+    order in which blocks, threads and copies take turns. change: something in the sources, and what stands there
+    instead.
+    """
+
+    def kernel(config: Any, device: int | None) -> Any:
+        def launch(blocks: int, threads: int, arguments: list[Any], dependent: bool = False) -> None:
+            assert config.shared <= 227 << 10 and blocks % getattr(config, "CLUSTER", 1) == 0
+            _run(_compiled(config, change), config, blocks, threads, arguments, early if dependent else None, seed)
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "bind", lambda device: None)
+        patch.setattr(launcher, "tensor_map", _tensor_map)
+        patch.setattr(launcher, "machine", lambda device: ((9, 0), processors))
+        patch.setattr(launcher, "kernel", kernel)
+        yield
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated, or None."""
+    return None if shutil.which("g++") else "needs g++"
+
+
+def _tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> TensorMap:
+    assert matrix.is_contiguous() and matrix.ndim == 2 and matrix.data_ptr() % 16 == 0
+    assert matrix.stride(0) * matrix.element_size() % 16 == 0 and max(box) <= 256
+    assert swizzle in (0, box[1] * matrix.element_size()) and box[1] * matrix.element_size() % 16 == 0
+    return TensorMap(matrix.data_ptr(), *matrix.shape, matrix.element_size(), *box, swizzle)
+
+
+def _run(
+    library: ctypes.CDLL,
+    config: Any,
+    blocks: int,
+    threads: int,
+    arguments: list[Any],
+    early: Sequence[Tensor] | None,
+    seed: int,
+) -> None:
+    # A launch that waits for those before it may read everything from its beginning.
+    ends = (
+        [0, (1 << 64) - 1] if early is None else [end for t in early for end in (t.data_ptr(), t.data_ptr() + t.nbytes)]
+    )
+    said = library.emulated_launch(
+        blocks,
+        threads,
+        config.shared,
+        getattr(config, "CLUSTER", 1),
+        (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments)),
+        (ctypes.c_void_p * len(ends))(*ends),
+        len(ends) // 2,
+        ctypes.c_uint64(seed),
+    )
+    if said:
+        raise Fault(f"{config}: {said.decode()}")
+
+
+@cache
+def _compiled(config: Macros, change: tuple[str, str] | None) -> ctypes.CDLL:
+    folder = _sources(change)
+    made = folder / f"kernel{len(list(folder.glob('kernel*.so')))}.so"
+    macros = [f'-DSOURCE="{config.SOURCE}"', f"-DKERNEL={config.SOURCE.removesuffix('.cu')}", *config.options]
+    _compile(folder, *macros, "-shared", "-o", str(made), "main.cpp", "threads.o")
+    library = ctypes.CDLL(str(made))
+    library.emulated_launch.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def _sources(change: tuple[str, str] | None) -> Path:
+    """A folder of the kernels' sources with the headers beside this file in place of their own."""
+    folder, changed = Path(mkdtemp(prefix="emulation")), change is None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for source in files("bitwright.kernels.nvrtc").iterdir():
+        if source.name.endswith((".cu", ".cuh")) and not (_HERE / source.name).exists():
+            text = source.read_text(encoding="utf-8")
+            if change and change[0] in text:
+                text, changed = text.replace(*change), True
+            # Blocks run one after another: what is shared may be static.
+            text = text.replace("extern __shared__", "extern").replace("__shared__ ", "static ")
+            (folder / source.name).write_text(text, encoding="utf-8")
+    assert changed, f"no source has {change}"
+    for own in _HERE.glob("*.[hc]*"):
+        shutil.copy(own, folder)
+    _compile(folder, "-c", "-o", "threads.o", "threads.cpp")
+    _compile(folder, "-x", "c++-header", "cuda.h")  # read once, not for every kernel
+    return folder
+
+
+def _compile(folder: Path, *arguments: str) -> None:
+    # Products write sums later: where those were, nothing else may be.
+    options = ["-std=c++17", "-O2", "-w", "-ffp-contract=off", "-fstack-reuse=none", "-fPIC"]
+    done = subprocess.run(["g++", *options, *arguments], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr

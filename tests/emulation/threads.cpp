@@ -1,0 +1,170 @@
+// The scheduler of `threads.h`.
+#include "threads.h"
+
+alignas(1024) unsigned char memory[4 * emulated::ROOM];
+
+namespace emulated {
+
+Machine machine;
+Thread* here = nullptr;
+
+static const std::function<void()>* entry;
+
+struct Fault {};
+
+void Machine::fail(const std::string& what) {
+    if (fault.empty()) {
+        fault = what;
+        if (here)
+            fault += " (block " + std::to_string(here->in->index) + ", thread " + std::to_string(here->thread.x) + ")";
+    }
+    if (here) setcontext(&scheduler);
+    throw Fault();  // by a copy in the background, which the scheduler carries out
+}
+
+static void yield() {
+    here->depth = __builtin_frame_address(0);
+    swapcontext(&here->context, &machine.scheduler);
+}
+
+void Waiters::wait(const char* what) {
+    here->waits = what;
+    held.push_back(here);
+    yield();
+}
+
+void Waiters::wake() {
+    machine.ready.insert(machine.ready.end(), held.begin(), held.end());
+    held.clear();
+}
+
+void Group::together(const char* doing, const std::function<void()>& last) {
+    if (arrived == 0) what = doing;
+    if (std::strcmp(what, doing)) machine.fail(std::string("threads of one group come to ") + what + " and to " + doing);
+    if (++arrived < live) return waiters.wait(doing);
+    arrived = 0, generation++;
+    if (last) last();
+    waiters.wake();
+}
+
+void Barrier::arrive(long expected) {
+    if (count == 0) machine.fail("a barrier that was never initialized");
+    if (pending == 0) machine.fail("more arrive at a barrier than it waits for");
+    bytes += expected, pending--;
+    turn();
+}
+
+void Barrier::complete(long came) {
+    if (count == 0) machine.fail("bytes for a barrier that is not initialized yet");
+    bytes -= came;
+    turn();
+}
+
+void Barrier::turn() {
+    if (pending || bytes) return;
+    parity ^= 1, pending = count;
+    waiters.wake();
+}
+
+unsigned char* shared_at(u32 address, u32 bytes, int rank) {
+    if (address < BASE || address + bytes > BASE + (u32)machine.shared)
+        machine.fail("shared memory at " + std::to_string(address) + " of " + std::to_string(machine.shared) + " bytes");
+    if (address % std::min(bytes, 16u)) machine.fail("unaligned shared memory at " + std::to_string(address));
+    return memory + rank * ROOM + (address - BASE);
+}
+
+Barrier& barrier_at(u32 address, int rank) {
+    shared_at(address, 8, rank);
+    return machine.cluster[rank]->barriers[address];
+}
+
+static void leave(Group& group) {
+    group.live--;
+    if (group.arrived && group.arrived == group.live)
+        machine.fail(std::string("a thread ended that others wait for in ") + group.what);
+}
+
+static void start() {
+    (*entry)();
+    if (here->taken) machine.fail("a thread ended before its results were read from shared memory");
+    if (!here->products().queue.empty()) machine.fail("a thread ended before its products");
+    leave(here->warp()), leave(here->warpgroup()), leave(here->in->all), leave(machine.everybody);
+    machine.threads_left--;
+    here->waits = "nothing: it has ended";
+    setcontext(&machine.scheduler);
+}
+
+// Uniform orders hardly ever let one block, warp or thread fall far behind the others, or a copy behind all.
+void Machine::choose_pace(int threads) {
+    lazy = u64(1) << 2 * below(8);
+    const u32 block = (u32)below(blocks_of_cluster), thread = (u32)below(threads);
+    const u32 of = u32(1) << below(9);  // so many threads side by side, or the whole block
+    const bool all = of == 256, none = below(4) == 0;
+    slow = [=](const Thread& t) {
+        return !none && t.in->rank == (int)block && (all || t.thread.x / of == thread / of);
+    };
+}
+
+Thread* Machine::next() {
+    u64 n = below(ready.size());
+    for (int again = 0; again < 100 && slow(*ready[n]); again++) n = below(ready.size());
+    Thread* chosen = ready[n];
+    ready[n] = ready.back(), ready.pop_back();
+    return chosen;
+}
+
+void Machine::run_cluster(int first, int threads, const std::function<void()>& kernel) {
+    entry = &kernel;
+    choose_pace(threads);
+    cluster.clear(), ready.clear(), background.clear();
+    everybody = Group();
+    everybody.live = threads_left = blocks_of_cluster * threads;
+    std::vector<std::unique_ptr<Thread>> all;
+    for (int rank = 0; rank < blocks_of_cluster; rank++) {
+        auto block = std::make_unique<Block>();
+        block->index = first + rank, block->rank = rank, block->memory = memory + rank * ROOM;
+        std::memset(block->memory, 0xff, ROOM);  // NaN
+        block->all.live = threads;
+        block->warps = std::vector<Group>((threads + 31) / 32);
+        block->warpgroups = std::vector<Group>((threads + 127) / 128);
+        block->products = std::vector<Products>((threads + 127) / 128);
+        for (int t = 0; t < threads; t++) {
+            auto thread = std::make_unique<Thread>();
+            thread->thread.x = t, thread->block.x = first + rank, thread->in = block.get();
+            block->warps[t / 32].live++, block->warpgroups[t / 128].live++;
+            constexpr size_t STACK = 64 << 10;
+            thread->stack.reset(new char[STACK]);
+            getcontext(&thread->context);
+            thread->context.uc_stack.ss_sp = thread->stack.get(), thread->context.uc_stack.ss_size = STACK;
+            makecontext(&thread->context, start, 0);
+            ready.push_back(thread.get());
+            all.push_back(std::move(thread));
+        }
+        cluster.push_back(std::move(block));
+    }
+    while (fault.empty() && (threads_left || !background.empty())) {
+        const bool copies = !background.empty() && (ready.empty() || below(lazy) == 0);
+        if (!copies && !ready.empty()) {
+            here = next();
+            swapcontext(&scheduler, &here->context);  // a thread that waits, ends or fails comes back to this place
+            here = nullptr;
+        } else if (copies) {
+            const u64 b = below(background.size());
+            const std::function<void()> run = std::move(background[b]);
+            background[b] = std::move(background.back()), background.pop_back();
+            try {
+                run();
+            } catch (const Fault&) {
+            }
+        }
+        if (ready.empty() && background.empty() && threads_left) {
+            std::map<std::string, int> counted;
+            for (auto& t : all) counted["block " + std::to_string(t->in->index) + ", warp " +
+                                        std::to_string(t->thread.x / 32) + " waits for " + t->waits]++;
+            fault = "deadlock:";
+            for (auto& [what, count] : counted) fault += "\n" + what + " (" + std::to_string(count) + " threads)";
+        }
+    }
+}
+
+}  // namespace emulated
