@@ -80,7 +80,7 @@ def missing() -> str | None:
 
 def _tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> TensorMap:
     assert matrix.is_contiguous() and matrix.ndim == 2 and matrix.data_ptr() % 16 == 0
-    assert matrix.stride(0) * matrix.element_size() % 16 == 0 and max(box) <= 256
+    assert matrix.shape[1] * matrix.element_size() % 16 == 0 and max(box) <= 256
     assert swizzle in (0, box[1] * matrix.element_size()) and box[1] * matrix.element_size() % 16 == 0
     return TensorMap(matrix.data_ptr(), *matrix.shape, matrix.element_size(), *box, swizzle)
 
