@@ -27,6 +27,7 @@ from torch import Tensor
 from bitwright.kernels.nvrtc.compile import Macros
 
 _HERE = Path(__file__).parent
+_MOST_BLOCKS = 4  # of a cluster, that `threads.cpp` has memory for
 
 
 class TensorMap(ctypes.Structure):
@@ -60,7 +61,8 @@ def emulated(
 
     def kernel(config: Any, device: int | None) -> Any:
         def launch(blocks: int, threads: int, arguments: list[Any], dependent: bool = False) -> None:
-            assert config.shared <= 227 << 10 and blocks % getattr(config, "CLUSTER", 1) == 0
+            cluster = getattr(config, "CLUSTER", 1)
+            assert config.shared <= 227 << 10 and blocks % cluster == 0 and cluster <= _MOST_BLOCKS
             _run(_compiled(config, change), config, blocks, threads, arguments, early if dependent else None, seed)
 
         return launch
