@@ -116,10 +116,10 @@ def _run(
 
 @cache
 def _compiled(config: Macros, change: tuple[str, str] | None) -> ctypes.CDLL:
-    folder = _sources(change)
-    made = folder / f"kernel{len(list(folder.glob('kernel*.so')))}.so"
-    macros = [f'-DSOURCE="{config.SOURCE}"', f"-DKERNEL={config.SOURCE.removesuffix('.cu')}", *config.options]
-    _compile(folder, *macros, "-shared", "-o", str(made), "main.cpp", "threads.o")
+    sources, own = _sources(change), _own()
+    made = sources / f"kernel{len(list(sources.glob('kernel*.so')))}.so"
+    macros = [f'-DSOURCE="{sources / config.SOURCE}"', f"-DKERNEL={config.SOURCE.removesuffix('.cu')}", *config.options]
+    _compile(own, *macros, f"-I{own}", "-shared", "-o", str(made), "main.cpp", "threads.o")
     library = ctypes.CDLL(str(made))
     library.emulated_launch.restype = ctypes.c_char_p
     return library
@@ -127,9 +127,8 @@ def _compiled(config: Macros, change: tuple[str, str] | None) -> ctypes.CDLL:
 
 @cache
 def _sources(change: tuple[str, str] | None) -> Path:
-    """A folder of the kernels' sources with the headers beside this file in place of their own."""
-    folder, changed = Path(mkdtemp(prefix="emulation")), change is None
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """A folder of the kernels' sources, without the headers that stand beside this file."""
+    folder, changed = _folder(), change is None
     for source in files("bitwright.kernels.nvrtc").iterdir():
         if source.name.endswith((".cu", ".cuh")) and not (_HERE / source.name).exists():
             text = source.read_text(encoding="utf-8")
@@ -139,10 +138,23 @@ def _sources(change: tuple[str, str] | None) -> Path:
             text = text.replace("extern __shared__", "extern").replace("__shared__ ", "static ")
             (folder / source.name).write_text(text, encoding="utf-8")
     assert changed, f"no source has {change}"
+    return folder
+
+
+@cache
+def _own() -> Path:
+    """A folder of what stands beside this file, as far compiled as it can be without a kernel."""
+    folder = _folder()
     for own in _HERE.glob("*.[hc]*"):
         shutil.copy(own, folder)
     _compile(folder, "-c", "-o", "threads.o", "threads.cpp")
-    _compile(folder, "-x", "c++-header", "cuda.h")  # read once, not for every kernel
+    _compile(folder, "-x", "c++-header", "cuda.h")
+    return folder
+
+
+def _folder() -> Path:
+    folder = Path(mkdtemp(prefix="emulation"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

@@ -98,10 +98,10 @@ static void start() {
 void Machine::choose_pace(int threads) {
     lazy = u64(1) << 2 * below(8);
     const u32 block = (u32)below(blocks_of_cluster), thread = (u32)below(threads);
-    const u32 of = u32(1) << below(9);  // so many threads side by side, or the whole block
-    const bool all = of == 256, none = below(4) == 0;
+    const u32 of = std::array<u32, 4>{1, 32, 128, ROOM}[below(4)];  // a thread, a warp, a warpgroup, or the block
+    const bool none = below(4) == 0;
     slow = [=](const Thread& t) {
-        return !none && t.in->rank == (int)block && (all || t.thread.x / of == thread / of);
+        return !none && t.in->rank == (int)block && t.thread.x / of == thread / of;
     };
 }
 
