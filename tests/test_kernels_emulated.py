@@ -83,7 +83,7 @@ def test_few_tokens(case: Case) -> None:
 def test_few_tokens_in_any_number_of_pieces(M: int, teams: int) -> None:
     case = Case(4, 128, False, M=M, N=190, K=9 * 512 - 70, bias=M > 8)
     N = 1 << 15 if teams == 1 else 1
-    c = few_tokens.choose(M, N, case.K, 4, 128, case.dtype, True, case.bias)
+    c = few_tokens.choose(M, replace(case.kind, N=N))
     assert teams == c.TEAMS
     steps, tiles = -(-case.K // c.step), -(-case.N // c.rows)
     for blocks in (1, 2, 3, 5, 7, 11, tiles * steps):
@@ -95,11 +95,8 @@ def test_few_tokens_in_any_number_of_pieces(M: int, teams: int) -> None:
 
 @pytest.mark.parametrize(("case", "counts", "teams", "settled"), STACKS, ids=str)
 def test_experts(case: Case, counts: tuple[int, ...], teams: int, settled: bool) -> None:
-    group_size = case.K if case.group_size is None else case.group_size
     N, even = 1 << 15 if teams == 1 else 1, -(-(sum(counts) + 3) // len(counts))
-    c = few_tokens.choose(
-        even, N, case.K, case.bits, group_size, case.dtype, not case.symmetric, False, True, settled
-    )  # fmt: skip
+    c = few_tokens.choose(even, replace(case.kind, N=N), experts=True, settled=settled)
     experts = partial(few_tokens.experts, settled=settled, config=c)
     cases.check_experts(on_emulator(experts), case, counts, beyond=3, device="cpu")
 
@@ -132,7 +129,7 @@ def test_many_tokens(case: Case) -> None:
 def test_every_tile_of_many_tokens(tiles: tuple[int, int, int, int | None, int, int]) -> None:
     ROWS, TOKENS, CLUSTER, STAGES, BAND, cuts = tiles
     case = Case(4, 64, False, M=2 * TOKENS + 7, N=3 * ROWS + 40, K=500, bias=True)
-    c = choose(case.M, case.N, case.K, 4, 64, case.dtype, True, True, PROCESSORS)
+    c = choose(case.M, case.kind, PROCESSORS)
     c = replace(tile(c, ROWS, TOKENS, CLUSTER), STAGES=STAGES, BAND=BAND)
     if cuts > 1:
         assert divide(case.M, case.N, case.K, c, PROCESSORS, cuts).cuts == cuts, "nothing is in pieces"
@@ -200,9 +197,9 @@ def test_faults_are_seen(kernel: str, old: str, new: str, seen: str) -> None:
 def in_two_stages(kernel: str) -> list[Callable[..., Tensor]]:
     """What runs in two stages, so that they come round often, and in pieces."""
     if kernel == "many":
-        c = choose(MANY.M, MANY.N, MANY.K, 4, 64, MANY.dtype, True, True, PROCESSORS)
+        c = choose(MANY.M, MANY.kind, PROCESSORS)
         return [partial(many_tokens.linear, config=replace(tile(c, 128, 128, 2), STAGES=2), cuts=2)]
-    of_teams = [few_tokens.choose(FEW.M, N, FEW.K, 4, 128, FEW.dtype, True, True) for N in (1, 1 << 15)]
+    of_teams = [few_tokens.choose(FEW.M, replace(FEW.kind, N=N)) for N in (1, 1 << 15)]
     assert [c.TEAMS for c in of_teams] == [2, 1]
     return [partial(few_tokens.linear, config=replace(c, STAGES=2)) for c in of_teams]
 

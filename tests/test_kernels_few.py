@@ -16,7 +16,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bitwright.kernels.fragments import Fragments, random
+from bitwright.kernels.fragments import Fragments, Kind, random
 from bitwright.kernels.nvrtc import compile as nvrtc
 
 pytest.importorskip("triton")
@@ -32,7 +32,8 @@ PROCESSOR, BLOCK, RESERVED = 228 << 10, 227 << 10, 1 << 10  # bytes of shared me
 def chosen(M: int, N: int, K: int, **changes: Any) -> Config:
     asked: dict[str, Any] = {"bits": 4, "group_size": 128, "dtype": BF16, "asymmetric": False, "bias": False} | changes
     asked["group_size"] = K if asked["group_size"] is None else asked["group_size"]
-    return choose(M, N, K, **asked)
+    how = {name: asked.pop(name) for name in ("experts", "settled") if name in asked}
+    return choose(M, Kind(N, K, **asked), **how)
 
 
 # --- choice

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bitwright.kernels import fragments
+from bitwright.kernels.fragments import Kind
 from bitwright.kernels.gluon.asm import dequantize_asm
 from bitwright.kernels.gluon.config import Config, choose, choose_experts
 from bitwright.qtensor import QuantizedTensor
@@ -224,7 +225,7 @@ def test_lanes_get_their_words(bits: int, N: int, K: int, M: int) -> None:
     from bitwright.kernels.gluon.fragment import stage, word_layout
     from bitwright.kernels.gluon.gemm import _stages
 
-    c = choose(M, 57344, 8192, bits, 128, torch.bfloat16, False, False, PROCESSORS)
+    c = choose(M, Kind(57344, 8192, bits, 128, torch.bfloat16), PROCESSORS)
     f = fragments.random(N, K, bits, K, True, torch.bfloat16, "cpu", generator=torch.Generator().manual_seed(bits))
     bands, columns = c.BN // 64, c.BK // 64
     for plane, (words, width) in enumerate(zip(f.words, fragments.WORDS[bits], strict=True)):
@@ -283,7 +284,7 @@ def compiled(c: Config, folder: Path) -> Assembled:
 
 HOT = (
     [
-        choose(M, N, 8192, bits, 128, torch.bfloat16, asymmetric, False, PROCESSORS)
+        choose(M, Kind(N, 8192, bits, 128, torch.bfloat16, asymmetric), PROCESSORS)
         for M, N, bits, asymmetric in (
             (1, 4096, 4, False),
             (16, 8192, 4, True),
@@ -301,12 +302,12 @@ HOT = (
         )
     ]
     + [
-        choose_experts(M, 8, 14336, 4096, 4, 128, torch.bfloat16, False, s)
+        choose_experts(M, 8, Kind(14336, 4096, 4, 128, torch.bfloat16), s)
         for M, s in ((2, False), (2, True), (4096, True))
     ]
-    + [choose(300, 8192, 8192, 4, 32, torch.float16, True, True, PROCESSORS)]
+    + [choose(300, Kind(8192, 8192, 4, 32, torch.float16, True, True), PROCESSORS)]
     + [  # several groups a step: each with a product of its own, or with scales on the weights
-        choose(M, 22016, 8192, bits, group, torch.bfloat16, asymmetric, False, PROCESSORS)
+        choose(M, Kind(22016, 8192, bits, group, torch.bfloat16, asymmetric), PROCESSORS)
         for M, bits, group, asymmetric in (
             (1, 4, 64, False),
             (16, 4, 64, True),
@@ -349,7 +350,7 @@ def test_compiles_without_spills_for_hopper(c: Config, tmp_path: Path) -> None:
 def test_experts_wait_before_they_read_what_may_not_be_there(settled: bool, tmp_path: Path) -> None:
     """Offsets and the first words before the wait if the offsets are settled, tokens after it; and the next kernel may
     not begin before this one has waited. Programs without work may have a wait of their own."""
-    ptx = compiled(choose_experts(2, 8, 14336, 4096, 4, 128, torch.bfloat16, False, settled), tmp_path).ptx
+    ptx = compiled(choose_experts(2, 8, Kind(14336, 4096, 4, 128, torch.bfloat16), settled), tmp_path).ptx
     found = re.findall(r"griddepcontrol\.(wait|launch_dependents)|(ld\.global\.b32)|(cp\.async\.bulk\.tensor)", ptx)
     marks = ["".join(kinds) for kinds in found]
     first = marks.index("wait")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitwright.kernels.fragments import Kind
 from bitwright.kernels.gluon.config import choose, divide
 
 PROCESSORS = 132
@@ -39,7 +40,7 @@ def pieces(tiles: int, nk: int, programs: int, whole: int, per: int) -> list[lis
 )
 def test_every_step_is_done_once(M: int, N: int, K: int, bits: int, group: int | None, asymmetric: bool) -> None:
     group_size = K if group is None or group > K else group
-    c = choose(M, N, K, bits, group_size, torch.bfloat16, asymmetric, False, PROCESSORS)
+    c = choose(M, Kind(N, K, bits, group_size, torch.bfloat16, asymmetric), PROCESSORS)
     d = divide(M, N, K, c, PROCESSORS)
     tiles, nk = -(-M // c.BM) * -(-N // c.BN), -(-K // c.BK)
     assert 1 <= d.programs <= PROCESSORS * c.PER
@@ -65,7 +66,7 @@ def test_every_step_is_done_once(M: int, N: int, K: int, bits: int, group: int |
 @pytest.mark.parametrize("N, K", [(4096, 4096), (12288, 4096), (22016, 4096), (8192, 8192), (57344, 8192)])
 @pytest.mark.parametrize("M", [129, 256, 300, 512, 1024, 2048])
 def test_many_tokens_leave_few_programs_idle(M: int, N: int, K: int) -> None:
-    c = choose(M, N, K, 4, 128, torch.bfloat16, False, False, PROCESSORS)
+    c = choose(M, Kind(N, K, 4, 128, torch.bfloat16), PROCESSORS)
     d = divide(M, N, K, c, PROCESSORS)
     tiles, nk = -(-M // c.BM) * -(-N // c.BN), -(-K // c.BK)
     longest = max(sum(k1 - k0 for _, k0, k1 in mine) for mine in pieces(tiles, nk, d.programs, d.whole, d.per))
@@ -76,7 +77,7 @@ def test_many_tokens_leave_few_programs_idle(M: int, N: int, K: int) -> None:
 
 
 def test_whole_rounds_need_no_memory_for_pieces() -> None:
-    c = choose(2816, 1536, 4096, 4, 128, torch.bfloat16, False, False, PROCESSORS)
+    c = choose(2816, Kind(1536, 4096, 4, 128, torch.bfloat16), PROCESSORS)
     d = divide(2816, 1536, 4096, c, PROCESSORS)
     assert d.whole == -(-2816 // c.BM) * -(-1536 // c.BN) and d.partial_size == 0
 
@@ -86,12 +87,12 @@ def test_whole_rounds_need_no_memory_for_pieces() -> None:
 def test_configurations_fit_the_hardware(bits: int, group_size: int) -> None:
     for M in (1, 8, 9, 16, 31, 33, 64, 65, 128, 129, 200, 256, 300, 2048):
         for N in (16, 4096, 22016, 57344):
-            c = choose(M, N, 4096, bits, group_size, torch.float16, True, True, PROCESSORS)
+            c = choose(M, Kind(N, 4096, bits, group_size, torch.float16, True, True), PROCESSORS)
             assert c.NS >= 3 and c.stages_that_fit >= c.NS and c.NS % c.KWG == 0
             assert max(c.BM, c.BN, c.GROUPS) <= BOX
             assert group_size % c.BK == 0 or c.BK % group_size == 0 or group_size == 4096
             assert (1 if group_size == 4096 else max(1, c.BK // group_size)) == c.GROUPS
             threads = (4 * c.NWG + 4) * 32
             assert c.PER * threads * c.MAXNREG <= 65536
-    small = choose(1, 16, 40, bits, 40, torch.float16, False, False, PROCESSORS)
+    small = choose(1, Kind(16, 40, bits, 40, torch.float16), PROCESSORS)
     assert small.GROUPS == 1  # one group, narrower than a step

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.kernels import hopper
+from bitwright.kernels.fragments import Kind
 from bitwright.kernels.nvrtc import compile as nvrtc
 from bitwright.kernels.nvrtc import many_config
 from bitwright.kernels.nvrtc.many_config import Config, Division, best, choose, divide, estimate, tile, tiles
@@ -25,7 +26,7 @@ SHAPES = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (8192, 8192
 
 def chosen(M: int, N: int, K: int, processors: int = 132, **changes: Any) -> Config:
     asked: dict[str, Any] = {"bits": 4, "group_size": 128, "dtype": BF16, "asymmetric": False, "bias": False} | changes
-    return choose(M, N, K, **asked, processors=processors)
+    return choose(M, Kind(N, K, **asked), processors)
 
 
 # --- division
@@ -146,13 +147,13 @@ def test_more_work_takes_longer(
 
 def test_hopper_takes_it_where_powers_of_two_do_not_suit() -> None:
     def suits(M: int, N: int, K: int) -> bool:
-        return hopper._suits(M, N, K, 4, 128, BF16, False, False, 132)
+        return hopper._suits(M, Kind(N, K, 4, 128, BF16), 132)
 
     # Timings behind this are in dev/LOG.md: at 300 tokens 67 against 81 us, at 512 87 against 86.
     assert suits(300, 8192, 8192) and suits(300, 4096, 11008) and suits(200, 12288, 4096)
     assert not any(suits(M, N, K) for M in (512, 1024, 2048, 8192) for N, K in SHAPES)
     for bits, group_size in ((3, 128), (8, 128), (4, 32)):
-        assert not hopper._suits(300, 8192, 8192, bits, group_size, BF16, False, False, 132), "never timed"
+        assert not hopper._suits(300, Kind(8192, 8192, bits, group_size, BF16), 132), "never timed"
 
 
 # --- the kernel

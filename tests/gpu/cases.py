@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitwright.kernels.fragments import Fragments, dequantize_rows, pack, random, stack
+from bitwright.kernels.fragments import Fragments, Kind, dequantize_rows, pack, random, stack
 from bitwright.qtensor import QuantizedTensor
 from bitwright.scheme import WeightScheme
 
@@ -40,6 +40,12 @@ class Case:
     K: int = 320
     bias: bool = False
     float_scales: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """As kernels are chosen for it."""
+        group_size = min(self.group_size or self.K, self.K)
+        return Kind(self.N, self.K, self.bits, group_size, self.dtype, not self.symmetric, self.bias)
 
     def __str__(self) -> str:
         parts = [

@@ -83,10 +83,8 @@ LONG = [Case(4, 128, False, M=M, N=190, K=25 * 512 - 70, bias=M > 8) for M in (3
 def configuration(case: Case, teams: int | None = None, experts: int | None = None, settled: bool = False) -> Config:
     """What `choose` gives, or would for a weight of more or fewer outputs."""
     N = case.N if teams is None else MANY_OUTPUTS if teams == 1 else 1
-    group_size = case.K if case.group_size is None else case.group_size
     M = case.M if experts is None else -(-case.M // experts)
-    asked = N, case.K, case.bits, group_size, case.dtype, not case.symmetric
-    c = choose(M, *asked, case.bias, experts is not None, settled)
+    c = choose(M, replace(case.kind, N=N), experts is not None, settled)
     assert teams in (None, c.TEAMS)
     return c
 

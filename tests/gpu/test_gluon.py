@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-from bitwright.kernels.fragments import random
+from bitwright.kernels.fragments import Kind, random
 from bitwright.kernels.gluon import gemm
 from bitwright.kernels.gluon.config import choose, divide
 from gpu import cases
@@ -74,10 +74,7 @@ def compiled() -> None:
     """Every kernel compiled once, in one process a core, because one by one takes minutes."""
     jobs: dict[Any, tuple[Case, tuple[int, ...] | None]] = {}
     for case in EXACT + DIVIDED + [replace(c, M=c.K) for c in ONE_HOT]:
-        group_size = min(case.group_size or case.K, case.K)
-        config = choose(
-            case.M, case.N, case.K, case.bits, group_size, case.dtype, not case.symmetric, case.bias, PROCESSORS
-        )
+        config = choose(case.M, case.kind, PROCESSORS)
         jobs[config, case.N % 16 == 0, case.K % 16 == 0] = (case, None)
     for case, counts in STACKS:
         jobs[case, counts] = (case, counts)
@@ -93,7 +90,7 @@ def test_exact(case: Case, poison: None) -> None:
 
 
 def test_divided_problems_are_divided() -> None:
-    config = choose(512, 12288, 4096, 4, 128, torch.bfloat16, False, False, PROCESSORS)
+    config = choose(512, Kind(12288, 4096, 4, 128, torch.bfloat16), PROCESSORS)
     assert divide(512, 12288, 4096, config, PROCESSORS).partial_size
 
 

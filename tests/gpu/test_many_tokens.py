@@ -58,8 +58,7 @@ SHARED_K = Case(4, 128, symmetric=False, M=300, N=512, K=4096)  # few tiles, in 
 
 
 def configuration(case: Case, tiles: tuple[int, int, int, int | None, int, int] | None = None) -> Config:
-    group_size = case.K if case.group_size is None else case.group_size
-    c = choose(case.M, case.N, case.K, case.bits, group_size, case.dtype, not case.symmetric, case.bias, PROCESSORS)
+    c = choose(case.M, case.kind, PROCESSORS)
     return c if tiles is None else replace(tile(c, *tiles[:3]), STAGES=tiles[3], BAND=tiles[4])
 
 

@@ -58,6 +58,23 @@ _PER_HALF = 5  # 3-bit codes of a 16-bit half, beside one bit of the sixteenth
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What kernels are chosen for beside the number of tokens: a weight [N, K] (or a stack of them) and what meets it.
+
+    group_size: K for one scale per row. dtype: of tokens, scales, zero points, bias and results. asymmetric: with zero
+    points. bias: with one.
+    """
+
+    N: int
+    K: int
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    asymmetric: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class Fragments:
     """A weight [N, K], or a stack of E of them, in fragment order.
 
@@ -80,6 +97,10 @@ class Fragments:
     def experts(self) -> int | None:
         """E of a stack, None for one weight."""
         return self.scale.shape[0] if self.scale.ndim == 3 else None
+
+    def kind(self, dtype: torch.dtype, bias: bool = False) -> Kind:
+        """The weight, met by tokens of `dtype`."""
+        return Kind(self.N, self.K, self.bits, self.group_size, dtype, self.zero is not None, bias)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

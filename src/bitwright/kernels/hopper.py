@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
-from bitwright.kernels.fragments import Fragments
+from bitwright.kernels.fragments import Fragments, Kind
 from bitwright.kernels.gluon import config, gemm
 from bitwright.kernels.nvrtc import few_tokens, many_config, many_tokens
 from bitwright.kernels.triton.gemm import machine
@@ -29,10 +28,8 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tenso
     huge = f.bits == 4 and f.N * f.K >= _HUGE
     if M <= few_tokens.MOST_TOKENS and few_tokens.takes(f.group_size, f.K) and not huge:
         return few_tokens.linear(x, f, bias)
-    if M > _MANY_TOKENS:
-        kind = (f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None)
-        if _suits(M, f.N, f.K, *kind, machine(x.device)[1]):
-            return many_tokens.linear(x, f, bias)
+    if M > _MANY_TOKENS and _suits(M, f.kind(x.dtype, bias is not None), machine(x.device)[1]):
+        return many_tokens.linear(x, f, bias)
     return gemm.linear(x, f, bias)
 
 
@@ -45,22 +42,13 @@ def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = Fa
 
 
 @lru_cache(maxsize=4096)
-def _suits(
-    M: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    asymmetric: bool,
-    bias: bool,
-    processors: int,
-) -> bool:
+def _suits(M: int, kind: Kind, processors: int) -> bool:
     """Whether the kernel with tiles of any number of tokens takes less time than that with powers of two.
 
     The estimates are those of 4-bit weights, and nothing else was timed there.
     """
-    if bits != 4 or group_size < 64:
+    if kind.bits != 4 or kind.group_size < 64:
         return False
-    tiles = many_config.choose(M, N, K, bits, group_size, dtype, asymmetric, bias, processors)
+    N, K = kind.N, kind.K
+    tiles = many_config.choose(M, kind, processors)
     return many_config.best(M, N, K, tiles, processors) < _MARGIN * config.estimate(M, N, K, processors)

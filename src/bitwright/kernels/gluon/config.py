@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bitwright.kernels.fragments import Kind
 from bitwright.kernels.gluon.asm import dequantize_asm
 
 SHARED_MEMORY = 225 << 10  # bytes a program may use on Hopper, less what the compiler adds
@@ -166,41 +167,21 @@ def _workspace(config: Config, programs: int, streamed: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def choose(
-    M: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    asymmetric: bool,
-    bias: bool,
-    processors: int,
-) -> Config:
+def choose(M: int, kind: Kind, processors: int) -> Config:
     """The configuration for a problem, from measurements on one H100 (dev/LOG.md)."""
     if M <= 128:
-        tiles = _few(M, N * K)
+        tiles = _few(M, kind.N * kind.K)
     else:
-        tiles = min(_MANY, key=lambda t: _rounds(M, N, K, t, processors))
-    return _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, bias)
+        tiles = min(_MANY, key=lambda t: _rounds(M, kind.N, kind.K, t, processors))
+    return _finish(tiles, M, kind)
 
 
 @lru_cache(maxsize=4096)
-def choose_experts(
-    T: int,
-    E: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    asymmetric: bool,
-    settled: bool = False,
-) -> Config:
+def choose_experts(T: int, E: int, kind: Kind, settled: bool = False) -> Config:
     """The configuration of a grouped product of T rows over E experts, for an even load."""
     M = -(-T // E)
-    tiles = _few(M, E * N * K) if M <= 128 else _TALL
-    config = _finish(tiles, M, N, K, bits, group_size, dtype, asymmetric, False)
+    tiles = _few(M, E * kind.N * kind.K) if M <= 128 else _TALL
+    config = _finish(tiles, M, kind)
     return replace(config, EXPERTS=max(32, 1 << (E - 1).bit_length()), STACK=E, SETTLED=settled)
 
 
@@ -233,29 +214,20 @@ def _few(M: int, weights: int) -> dict[str, Any]:
     return _NARROW if M > _FEW else _SOME if weights <= _SOME_WEIGHT else _MORE
 
 
-def _finish(
-    tiles: dict[str, Any],
-    M: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    asymmetric: bool,
-    bias: bool,
-) -> Config:
+def _finish(tiles: dict[str, Any], M: int, kind: Kind) -> Config:
+    group_size, K = kind.group_size, kind.K
     BM = tiles["BM"] or next(b for b in (8, 16, 32, 64, 128) if b >= M or b == 128)
     BK, NS = tiles["BK"], tiles["NS"]
     cut = group_size < K and group_size % 128 and 128 % group_size
     crowded = tiles["REST"] == 2 and group_size < 128  # more scales of a step than registers are left for
-    if bits == 8 or cut or crowded:
+    if kind.bits == 8 or cut or crowded:
         BK, NS = 64, NS * BK // 64  # a step must not cut a group; of 8 bits, 64 columns are as many bytes as 128 of 4
     groups = 1 if group_size >= K else max(1, BK // group_size)
     config = Config(
-        BITS=bits,
-        KIND="bf16" if dtype == torch.bfloat16 else "fp16",
-        ASYM=asymmetric,
-        BIAS=bias,
+        BITS=kind.bits,
+        KIND="bf16" if kind.dtype == torch.bfloat16 else "fp16",
+        ASYM=kind.asymmetric,
+        BIAS=kind.bias,
         GROUP=group_size,
         GROUPS=groups,
         BM=BM,
@@ -270,7 +242,7 @@ def _finish(
         PER=tiles["PER"],
         LATE=BM <= (_FEW if groups == 1 else _FEW_GROUPS) and groups * 64 <= BK,
         PEERS=4 if BM <= 16 else 2 if BM <= 32 else 1,
-        TMA_OUT=BM >= 128 and N % 8 == 0,
+        TMA_OUT=BM >= 128 and kind.N % 8 == 0,
     )
     stages = min(NS, config.stages_that_fit)
     return replace(config, NS=stages - stages % config.KWG)  # a stage is always the same warpgroup's

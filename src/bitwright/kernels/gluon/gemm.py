@@ -27,7 +27,7 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tenso
     Scales must have that dtype, group_size be 32, a multiple of 64, or K.
     """
     f, M, processors = fragments, x.shape[0], _processors(x.device.index)
-    config = choose(M, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, bias is not None, processors)
+    config = choose(M, f.kind(x.dtype, bias is not None), processors)
     return launch(x, f, bias, config, divide(M, f.N, f.K, config, processors))
 
 
@@ -39,7 +39,7 @@ def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = Fa
     """
     f, processors = fragments, _processors(x.device.index)
     assert f.experts is not None, "a stack of experts"
-    config = choose_experts(x.shape[0], f.experts, f.N, f.K, f.bits, f.group_size, x.dtype, f.zero is not None, settled)
+    config = choose_experts(x.shape[0], f.experts, f.kind(x.dtype), settled)
     return launch(x, f, None, config, divide_experts(x.shape[0], f.N, config, processors), offsets)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import tma
-from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments
+from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments, Kind
 from bitwright.kernels.nvrtc.compile import Macros
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.triton.gemm import machine
@@ -95,30 +95,19 @@ class Config(Macros):
 
 
 @lru_cache(maxsize=4096)
-def choose(
-    tokens: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    asymmetric: bool,
-    bias: bool,
-    experts: bool = False,
-    settled: bool = False,
-) -> Config:
-    """For a weight [N, K] (or a stack of them) and `tokens` tokens; where there are more, in tiles of `MOST_TOKENS`."""
-    assert takes(group_size, K), f"groups of {group_size}"
-    teams = 1 if N >= _MANY_OUTPUTS else 2
-    group = 0 if group_size >= K else group_size
-    columns = _COLUMNS[teams][bits]
+def choose(tokens: int, kind: Kind, experts: bool = False, settled: bool = False) -> Config:
+    """For `tokens` tokens that meet a weight, or each one of a stack; where there are more, tiles of `MOST_TOKENS`."""
+    assert takes(kind.group_size, kind.K), f"groups of {kind.group_size}"
+    teams = 1 if kind.N >= _MANY_OUTPUTS else 2
+    group = 0 if kind.group_size >= kind.K else kind.group_size
+    columns = _COLUMNS[teams][kind.bits]
     while group and group % (columns * COLUMNS) and columns * COLUMNS % group:
         columns //= 2  # a step must not cut a group
     return Config(
-        BITS=bits,
-        FLOAT16=int(dtype == torch.float16),
-        ASYM=int(asymmetric),
-        BIAS=int(bias),
+        BITS=kind.bits,
+        FLOAT16=int(kind.dtype == torch.float16),
+        ASYM=int(kind.asymmetric),
+        BIAS=int(kind.bias),
         GROUP=group,
         TOKENS=8 if tokens <= 8 else MOST_TOKENS,
         TEAMS=teams,
@@ -150,8 +139,7 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None, config: 
     Scales, zero points and bias must have that dtype, and `takes` the groups. config: instead of what `choose` gives.
     """
     f = fragments
-    asymmetric = f.zero is not None
-    c = config or choose(x.shape[0], f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, bias is not None)
+    c = config or choose(x.shape[0], f.kind(x.dtype, bias is not None))
     units = -(-f.N // c.rows) * -(-f.words[0].shape[-3] // c.COLUMNS)
     return _launch(x, f, bias, c, *divide(units, machine(x.device)[1]), None)
 
@@ -163,8 +151,7 @@ def experts(
     f = fragments
     assert f.experts is not None, "a stack of experts"
     assert slots(x.shape[0], f.experts) <= MOST_SLOTS, "tiles that find no room"
-    even, asymmetric = -(-x.shape[0] // f.experts), f.zero is not None
-    c = config or choose(even, f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, False, True, settled)
+    c = config or choose(-(-x.shape[0] // f.experts), f.kind(x.dtype), experts=True, settled=settled)
     # How many steps there are is known on the device.
     return _launch(x, f, None, c, machine(x.device)[1], 0, offsets)
 

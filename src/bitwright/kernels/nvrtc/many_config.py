@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS
+from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Kind
 from bitwright.kernels.nvrtc.compile import Header, Macros
 from bitwright.kernels.nvrtc.instructions import weight_header
 
@@ -136,29 +136,19 @@ def estimate(M: int, N: int, K: int, config: Config, processors: int, cuts: int)
 
 
 @lru_cache(maxsize=4096)
-def choose(
-    M: int,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    asymmetric: bool,
-    bias: bool,
-    processors: int,
-) -> Config:
+def choose(M: int, kind: Kind, processors: int) -> Config:
     """The configuration that `estimate` finds fastest, for M > 0 and N > 0."""
+    N, K, group_size = kind.N, kind.K, kind.group_size
     config = Config(
-        BITS=bits,
-        FLOAT16=int(dtype == torch.float16),
-        ASYM=int(asymmetric),
+        BITS=kind.bits,
+        FLOAT16=int(kind.dtype == torch.float16),
+        ASYM=int(kind.asymmetric),
         GROUPS=1 if group_size >= min(COLUMNS, K) else COLUMNS // group_size,
-        BIAS=int(bias),
+        BIAS=int(kind.bias),
         TMA_OUT=int(N % 8 == 0),
         ROWS=128,
         TOKENS=256,
     )
-
     return min(tiles(config, N, processors), key=lambda c: best(M, N, K, c, processors))
 
 

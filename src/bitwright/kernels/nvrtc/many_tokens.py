@@ -32,8 +32,7 @@ def linear(
         return out
     bind(x.device.index)
     processors = machine(x.device)[1]
-    asymmetric = f.zero is not None
-    c = config or choose(M, f.N, f.K, f.bits, f.group_size, x.dtype, asymmetric, bias is not None, processors)
+    c = config or choose(M, f.kind(x.dtype, bias is not None), processors)
     d = divide(M, f.N, f.K, c, processors, cuts)
     x = tma.rows(x)
     counters = zeros(d.counters, x.device)
