@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitwright.kernels.fragments import Fragments, Kind
 from bitwright.kernels.gluon import config, gemm
+from bitwright.kernels.machine import machine
 from bitwright.kernels.nvrtc import few_tokens, many_config, many_tokens
-from bitwright.kernels.triton.gemm import machine
 
 _HUGE = 1 << 29  # 4-bit numbers of a weight, from which on few tokens are 2 % faster with the Gluon kernel
 _FEW_ROWS = 4  # of sorted tokens, in all, up to which experts are bound by reading them

@@ -67,7 +67,7 @@ def _cuda_linear(
     B: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from bitwright.kernels.triton.gemm import machine
+    from bitwright.kernels.machine import machine
     from bitwright.kernels.triton.int8 import linear
 
     _check(codes, weight, bits, N, B)

@@ -15,7 +15,7 @@ from bitwright.kernels import tma
 from bitwright.kernels.gluon.config import PIECE, SHARED_MEMORY
 from bitwright.kernels.gluon.int8_kernel import int8_gemm
 from bitwright.kernels.int8_fragments import STEP
-from bitwright.kernels.triton.gemm import machine
+from bitwright.kernels.machine import machine
 
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)

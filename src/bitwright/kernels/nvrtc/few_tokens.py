@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bitwright.kernels import tma
 from bitwright.kernels.fragments import COLUMNS, ROWS, WORDS, Fragments, Kind
+from bitwright.kernels.machine import machine
 from bitwright.kernels.nvrtc.compile import Macros
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
-from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
 
 MOST_TOKENS = 16  # of a tile, and of a linear that it takes

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bitwright.kernels import tma
 from bitwright.kernels.int8_fragments import STEP
+from bitwright.kernels.machine import machine
 from bitwright.kernels.nvrtc.compile import Header, Macros
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.nvrtc.instructions import sparse_header
 from bitwright.kernels.sparse_fragments import block_bytes
-from bitwright.kernels.triton.gemm import machine
 
 SHARED_MEMORY = 227 << 10  # bytes of a block
 _THREADS = 384

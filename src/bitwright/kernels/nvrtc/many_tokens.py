@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bitwright.kernels import tma
 from bitwright.kernels.fragments import COLUMNS, Fragments
+from bitwright.kernels.machine import machine
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading, tensor_map
 from bitwright.kernels.nvrtc.many_config import Config, choose, divide
-from bitwright.kernels.triton.gemm import machine
 from bitwright.kernels.workspace import zeros
 
 _THREADS = 384

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.kernels.fragments import Fragments
+from bitwright.kernels.machine import machine
 from bitwright.kernels.triton.config import Config, expert_config, max_tiles
-from bitwright.kernels.triton.gemm import accumulate, arrive, check, has_asm, machine, on_device, order, share, store
+from bitwright.kernels.triton.gemm import accumulate, arrive, check, has_asm, on_device, order, share, store
 from bitwright.kernels.workspace import zeros
 
 

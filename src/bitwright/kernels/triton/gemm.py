@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitwright.errors import SchemeError
 from bitwright.kernels.fragments import Fragments
+from bitwright.kernels.machine import machine
 from bitwright.kernels.triton.config import Config, config
 from bitwright.kernels.triton.fragment import INTERPRET, load_groups, load_words, rounded, weights
 from bitwright.kernels.workspace import zeros
@@ -74,15 +75,6 @@ def group_of(fragments: Fragments) -> int:
             "dequantize the weight instead"
         )
     return fragments.group_size
-
-
-@cache
-def machine(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors."""
-    if device.type != "cuda":
-        return (9, 0), 8  # the interpreter: few programs
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 @cache

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitwright.kernels.machine import machine
 from bitwright.kernels.triton.config import Config
 from bitwright.kernels.triton.fragment import INTERPRET
-from bitwright.kernels.triton.gemm import machine, on_device, order, store
+from bitwright.kernels.triton.gemm import on_device, order, store
 from bitwright.kernels.triton.int8_config import choose, choose_end, outlier_step
 from bitwright.kernels.workspace import zeros
 

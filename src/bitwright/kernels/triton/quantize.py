@@ -31,8 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitwright.kernels.machine import machine
 from bitwright.kernels.triton.columns import columns_of, gated, load_base, load_columns
-from bitwright.kernels.triton.gemm import machine, on_device
+from bitwright.kernels.triton.gemm import on_device
 from bitwright.kernels.triton.norm import added, inverse_rms, normed
 
 SPAN = 512  # columns of a warp with 16 a lane
