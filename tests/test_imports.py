@@ -134,3 +134,19 @@ def test_version_is_the_installed_one() -> None:
     from importlib.metadata import version
 
     assert bitwright.__version__ == version("bitwright")
+
+
+def test_gpu_tests_need_few_packages() -> None:
+    """A machine with a GPU has what `scripts/gpu_check.sh` asks for, and not all that the other tests use."""
+    absent = "hypothesis datasets lm_eval matplotlib gguf xdist accelerate"
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in '{absent}'.split(): raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import pytest\n"
+        "off = [f'-pno:{plugin}' for plugin in ('hypothesispytest', 'xdist', 'xdist.looponfail', 'cacheprovider')]\n"
+        f"print(int(pytest.main(['-q', '--collect-only', *off, {str(Path(__file__).parent / 'gpu')!r}])))\n"
+    )
+    assert run(code).splitlines()[-1] in ("0", "5"), "5: without a GPU there is nothing to collect"
