@@ -145,7 +145,8 @@ def test_gpu_tests_need_few_packages() -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.split('.')[0] in '{absent}'.split(): raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import pytest\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import pytest, sparse_cases, split_cases, gpu.cases, gpu.int8_cases, gpu.quantize_cases\n"
         "off = [f'-pno:{plugin}' for plugin in ('hypothesispytest', 'xdist', 'xdist.looponfail', 'cacheprovider')]\n"
         f"print(int(pytest.main(['-q', '--collect-only', *off, {str(Path(__file__).parent / 'gpu')!r}])))\n"
     )

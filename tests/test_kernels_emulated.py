@@ -48,9 +48,11 @@ SPARSE = [
 ]  # fmt: skip
 
 
-def on_emulator(run: Callable[..., Tensor], launcher: Any = few_tokens, **how: Any) -> Callable[..., Tensor]:
-    """`run(x, ..., fragments, ...)` as it would run on a GPU, memory from torch.empty poisoned; what is zeroed for sums
-    is zero again."""
+def on_emulator(
+    run: Callable[..., Tensor], launcher: Any = few_tokens, settled: bool = False, **how: Any
+) -> Callable[..., Tensor]:
+    """`run(x, ..., fragments, ...)` as it would run on a GPU, memory from torch.empty poisoned, and so offsets (unless
+    they are settled) and bias until a thread has waited for them; what is zeroed for sums is zero again."""
 
     def linear(*given: Any) -> Tensor:
         f = next(g for g in given if isinstance(g, Fragments))
@@ -62,7 +64,8 @@ def on_emulator(run: Callable[..., Tensor], launcher: Any = few_tokens, **how: A
 
         with pytest.MonkeyPatch.context() as patch, cases.poisoned():
             patch.setattr(launcher, "zeros", zeros)
-            with emulator.emulated(launcher, f.tensors, processors=PROCESSORS, **how):
+            late = [g for g in given[1:] if isinstance(g, Tensor) and not settled]
+            with emulator.emulated(launcher, f.tensors, processors=PROCESSORS, late=late, **how):
                 y = run(*given)
         assert held and not any(t.count_nonzero() for t in held), "memory for sums is not zero again"
         return y
@@ -83,7 +86,7 @@ def test_few_tokens(case: Case) -> None:
 def test_few_tokens_in_any_number_of_pieces(M: int, teams: int) -> None:
     case = Case(4, 128, False, M=M, N=190, K=9 * 512 - 70, bias=M > 8)
     N = 1 << 15 if teams == 1 else 1
-    c = few_tokens.choose(M, replace(case.kind, N=N))
+    c = few_tokens.choose(M, case.kind._replace(N=N))
     assert teams == c.TEAMS
     steps, tiles = -(-case.K // c.step), -(-case.N // c.rows)
     for blocks in (1, 2, 3, 5, 7, 11, tiles * steps):
@@ -96,9 +99,10 @@ def test_few_tokens_in_any_number_of_pieces(M: int, teams: int) -> None:
 @pytest.mark.parametrize(("case", "counts", "teams", "settled"), STACKS, ids=str)
 def test_experts(case: Case, counts: tuple[int, ...], teams: int, settled: bool) -> None:
     N, even = 1 << 15 if teams == 1 else 1, -(-(sum(counts) + 3) // len(counts))
-    c = few_tokens.choose(even, replace(case.kind, N=N), experts=True, settled=settled)
+    c = few_tokens.choose(even, case.kind._replace(N=N), experts=True, settled=settled)
     experts = partial(few_tokens.experts, settled=settled, config=c)
-    cases.check_experts(on_emulator(experts), case, counts, beyond=3, device="cpu")
+    for seed in range(3):
+        cases.check_experts(on_emulator(experts, settled=settled, seed=seed), case, counts, beyond=3, device="cpu")
 
 
 def test_sums_of_zero_are_exchanged_too() -> None:
@@ -151,9 +155,10 @@ def test_sparse(
         given = sparse_cases.operands(case)
         c = launch.choose(M, N, -(-O // 16) * 16, bits, dtype if case.bias else None, dtype, PROCESSORS)
         c = replace(c, ROWS=ROWS, TOKENS=TOKENS, CLUSTER=CLUSTER, STAGES=STAGES, BAND=BAND)
-        with emulator.emulated(launch, (), processors=PROCESSORS):
-            y = launch.linear(*given, config=c)
-        int8_cases.compare(y, int8_sparse_linear(*given), case)
+        for seed in range(2):
+            with cases.poisoned(), emulator.emulated(launch, (), processors=PROCESSORS, seed=seed):
+                y = launch.linear(*given, config=c)
+            int8_cases.compare(y, int8_sparse_linear(*given), case)
 
 
 # --- faults
@@ -161,10 +166,11 @@ def test_sparse(
 
 FEW = Case(4, 128, False, M=9, N=190, K=2100, bias=True)
 MANY = Case(4, 64, False, M=300, N=304, K=500, bias=True)
+PIECES = Case(4, 64, False, M=60, N=100, K=300, bias=True)  # one tile
 FAULTS = [
     ("few", "* grid.scale[i / 2]", "", "differ"),
     ("few", "low, right[0], right[1], part[0][e]", "low, right[1], right[0], part[0][e]", "differ"),
-    ("few", "barrier_wait(full + 8 * ring.stage, ring.parity);", "", "differ"),
+    ("few", "barrier_wait(full + 8 * ring.stage, ring.parity);", "", "differ|has ended"),
     ("few", "barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);", "", "differ|more arrive"),
     ("few", "    wait_for_launches();\n    allow", "    allow", "without waiting"),
     ("few", "bits == 0 ? 0x80000000u : bits", "bits", "differ|not zero"),
@@ -181,31 +187,55 @@ FAULTS = [
     ("many", "if (last) *counter = 0;", "", "not zero"),
     ("many", "if (CLUSTER > 1) cluster_sync_barriers();", "", "initialized"),
     ("many", "if (threadIdx.x % 128 == 0) wait_taken();\n        named_sync", "named_sync", "differ"),
+    ("many", "    if (CLUSTER > 1) cluster_sync();", "", "has ended"),
+    ("pieces", "fence_gpu();\n    named_sync(1 + group, 128);", "", "differ"),
+    ("experts", "if (!SETTLED) wait_for_launches();", "", "differ|number|deadlock"),
+    ("sparse", "barrier_wait(full + 8 * ring.stage, ring.parity);", "", "differ|more arrive"),
+    ("sparse", "if (k > 0) give_back(empty, ring.before());", "", "deadlock"),
+    ("sparse", "products_wait<0>();", "", "differ|sums that are gone|before its products"),
+    ("sparse", "- zero * row_sum", "", "differ"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "old", "new", "seen"), FAULTS, ids=[f"{k}-{old}" for k, old, _, _ in FAULTS])
 def test_faults_are_seen(kernel: str, old: str, new: str, seen: str) -> None:
     """What a line is there for: without it the result differs for some order of threads, or none comes."""
-    case, launcher = (FEW, few_tokens) if kernel == "few" else (MANY, many_tokens)
     with pytest.raises(AssertionError, match=seen):
-        for seed in range(12):
-            for run in in_two_stages(kernel):
-                cases.check_exact(on_emulator(run, launcher, seed=seed, change=(old, new)), case, "cpu")
+        for seed in range(80):
+            check_in_two_stages(kernel, seed, (old, new))
 
 
-def in_two_stages(kernel: str) -> list[Callable[..., Tensor]]:
-    """What runs in two stages, so that they come round often, and in pieces."""
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kernel", ["few", "experts", "many", "pieces", "sparse"])
+def test_what_faults_are_taken_from_is_right(kernel: str, seed: int) -> None:
+    check_in_two_stages(kernel, seed)
+
+
+def check_in_two_stages(kernel: str, seed: int, change: tuple[str, str] | None = None) -> None:
+    """What comes round often, and in pieces."""
+    how: dict[str, Any] = {"seed": seed, "change": change}
     if kernel == "many":
-        c = choose(MANY.M, MANY.kind, PROCESSORS)
-        return [partial(many_tokens.linear, config=replace(tile(c, 128, 128, 2), STAGES=2), cuts=2)]
-    of_teams = [few_tokens.choose(FEW.M, replace(FEW.kind, N=N)) for N in (1, 1 << 15)]
-    assert [c.TEAMS for c in of_teams] == [2, 1]
-    return [partial(few_tokens.linear, config=replace(c, STAGES=2)) for c in of_teams]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_what_faults_are_taken_from_is_right(seed: int) -> None:
-    for kernel, case, launcher in (("few", FEW, few_tokens), ("many", MANY, many_tokens)):
-        for run in in_two_stages(kernel):
-            cases.check_exact(on_emulator(run, launcher, seed=seed), case, "cpu")
+        c = replace(tile(choose(MANY.M, MANY.kind, PROCESSORS), 128, 128, 2), STAGES=2)
+        linear = partial(many_tokens.linear, config=c, cuts=2)
+        cases.check_exact(on_emulator(linear, many_tokens, **how), MANY, "cpu")
+    elif kernel == "pieces":
+        c = replace(tile(choose(PIECES.M, PIECES.kind, PROCESSORS), 128, 64, 1), STAGES=2)
+        linear = partial(many_tokens.linear, config=c, cuts=2)
+        cases.check_exact(on_emulator(linear, many_tokens, **how), PIECES, "cpu")
+    elif kernel == "sparse":
+        case = int8_cases.Case(4, 4, M=150, N=600, B=1000, O=40, bias=True)
+        given = sparse_cases.operands(case)
+        tiles = launch.choose(case.M, case.N, 48, 4, case.dtype, case.dtype, PROCESSORS)
+        c = replace(tiles, ROWS=256, TOKENS=64, CLUSTER=2, STAGES=2)
+        with cases.poisoned(), emulator.emulated(launch, (), PROCESSORS, **how):
+            y = launch.linear(*given, config=c)
+        int8_cases.compare(y, int8_sparse_linear(*given), case)
+    elif kernel == "experts":
+        case, counts, *_ = STACKS[0]
+        cases.check_experts(on_emulator(few_tokens.experts, **how), case, counts, beyond=3, device="cpu")
+    else:
+        of_teams = [few_tokens.choose(FEW.M, FEW.kind._replace(N=N)) for N in (1, 1 << 15)]
+        assert [c.TEAMS for c in of_teams] == [2, 1]
+        for c in of_teams:
+            run = partial(few_tokens.linear, config=replace(c, STAGES=2))
+            cases.check_exact(on_emulator(run, **how), FEW, "cpu")

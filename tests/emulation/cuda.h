@@ -16,8 +16,6 @@
 using std::max;
 using std::min;
 
-inline u32 shared_address_of(const void* p) { return emulated::BASE + (u32)((const unsigned char*)p - memory); }
-
 inline u32 __float_as_uint(float v) {
     u32 r;
     std::memcpy(&r, &v, 4);
@@ -36,10 +34,17 @@ struct float4 {
     float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline void __stcg(float4* at, float4 v) { *at = v; }
-inline float4 __ldcg(const float4* at) { return *at; }
+inline void __stcg(float4* at, float4 v) {
+    emulated::let_others_run();
+    *at = v;
+}
+inline float4 __ldcg(const float4* at) {
+    emulated::let_others_run();
+    return *at;
+}
 
 inline int atomicAdd(int* at, int v) {
+    emulated::let_others_run();
     const int before = *at;
     *at += v;
     return before;

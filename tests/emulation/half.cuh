@@ -1,4 +1,4 @@
-// 16-bit floats of the kernels' own half.cuh: exact in double, then rounded once.
+// 16-bit floats of the kernels' own half.cuh: in double, which is exact for what kernels give it, then rounded once.
 #pragma once
 #include "hopper.cuh"
 

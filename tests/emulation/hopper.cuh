@@ -1,5 +1,6 @@
 // The instructions of the kernels' own hopper.cuh, carried out by `threads.h`. Copies and products happen at a random time
-// between what begins them and what waits for them.
+// between what begins them and what waits for them; but a product takes its left operand when it begins, so that registers
+// which are overwritten too early are not seen (tests/sass.py looks for them in what is compiled for Hopper).
 #pragma once
 #include "cuda.h"
 
@@ -10,38 +11,39 @@ struct alignas(64) TensorMap {  // what `emulator.TensorMap` writes
     u64 unused[9];
 };
 
-// All shared memory that a block asks for is `memory`.
+// What a block asks for begins there.
 inline u32 shared_address(const void*) { return emulated::BASE; }
 
 // ---- mbarriers ----
 
 inline void barrier_init(u32 barrier, u32 count) {
-    auto& b = emulated::barrier_at(barrier, emulated::here->in->rank);
+    auto& b = emulated::barrier_at(barrier, emulated::here->in->slot);
+    if (b.count) emulated::machine.fail("a barrier that is initialized twice");
     b.count = b.pending = (int)count;
 }
 
 inline void barriers_ready() {}
 
 inline void barrier_expect(u32 barrier, u32 bytes) {
-    emulated::barrier_at(barrier, emulated::here->in->rank).arrive(bytes);
+    emulated::barrier_at(barrier, emulated::here->in->slot).arrive(bytes);
 }
 
 inline void barrier_arrive(u32 barrier, u32 rank) {
     if ((int)rank >= emulated::machine.blocks_of_cluster) emulated::machine.fail("a block that the cluster has not");
-    emulated::barrier_at(barrier, (int)rank).arrive(0);
+    emulated::barrier_at(barrier, emulated::slot_of((int)rank)).arrive(0);
 }
 
-inline void barrier_arrive(u32 barrier) { emulated::barrier_at(barrier, emulated::here->in->rank).arrive(0); }
+inline void barrier_arrive(u32 barrier) { emulated::barrier_at(barrier, emulated::here->in->slot).arrive(0); }
 
 inline void barrier_wait(u32 barrier, u32 parity) {
-    auto& b = emulated::barrier_at(barrier, emulated::here->in->rank);
+    auto& b = emulated::barrier_at(barrier, emulated::here->in->slot);
     if (b.count == 0) emulated::machine.fail("waits for a barrier that was never initialized");
     while (b.parity == (parity & 1)) b.waiters.wait("an mbarrier");
 }
 
-inline void cluster_sync() { emulated::machine.everybody.together("cluster_sync"); }
+inline void cluster_sync() { emulated::here->in->everybody->together("cluster_sync"); }
 inline void cluster_sync_barriers() { cluster_sync(); }
-inline void fence_gpu() {}
+inline void fence_gpu() { emulated::let_others_run(); }
 inline u32 cluster_rank() { return (u32)emulated::here->in->rank; }
 
 // Any lane may be the one, always the same.
@@ -65,7 +67,11 @@ inline void named_arrive(u32 name, u32 threads) { named_come(name, threads, fals
 
 // ---- dependent launches ----
 
-inline void wait_for_launches() { emulated::here->waited = true; }
+inline void wait_for_launches() {
+    emulated::here->waited = true;
+    for (auto& late : emulated::machine.late) late.arrive();
+    emulated::machine.late.clear();
+}
 inline void allow_launch() {}
 
 // ---- TMA ----
@@ -77,7 +83,7 @@ inline u32 swizzled(u32 at, u64 row_bytes) {
     return row_bytes == 128 ? at ^ (at >> 7 & 7) << 4 : row_bytes == 64 ? at ^ (at >> 7 & 3) << 4 : at;
 }
 
-// Memory that an earlier launch may still write is read by those alone who waited for it.
+// Memory that an earlier launch may still write is read by TMA for those alone who waited for it.
 inline void check_source(const void* from, u64 bytes) {
     if (emulated::here->waited) return;
     for (const auto& range : emulated::machine.early)
@@ -85,13 +91,13 @@ inline void check_source(const void* from, u64 bytes) {
     emulated::machine.fail("reads what an earlier launch may write, without waiting for it");
 }
 
-inline void copy_box(u32 to, const TensorMap& map, int column, int row, int rank) {
+inline void copy_box(u32 to, const TensorMap& map, int column, int row, int slot) {
     const u64 row_bytes = map.box_columns * map.size;
     for (u64 r = 0; r < map.box_rows; r++)
         for (u64 c = 0; c < map.box_columns; c++) {
             const u64 y = row + r, x = column + c;
             const u32 at = swizzled(to + (u32)(r * row_bytes + c * map.size), map.swizzle);
-            unsigned char* place = emulated::shared_at(at, (u32)map.size, rank);
+            unsigned char* place = emulated::shared_at(at, (u32)map.size, slot);
             if (row >= 0 && column >= 0 && y < map.rows && x < map.columns)
                 std::memcpy(place, map.address + (y * map.columns + x) * map.size, map.size);
             else
@@ -104,9 +110,9 @@ inline void bring_all(u32 to, const TensorMap& map, u32 barrier, int column, int
     check_source(map.address, 1);
     for (int rank = 0; rank < emulated::machine.blocks_of_cluster; rank++)
         if (mask >> rank & 1)
-            emulated::machine.background.push_back([=, held = map] {
-                copy_box(to, held, column, row, rank);
-                emulated::barrier_at(barrier, rank).complete((long)(held.box_rows * held.box_columns * held.size));
+            emulated::machine.background.push_back([=, held = map, slot = emulated::slot_of(rank)] {
+                copy_box(to, held, column, row, slot);
+                emulated::barrier_at(barrier, slot).complete((long)(held.box_rows * held.box_columns * held.size));
             });
 }
 
@@ -119,15 +125,16 @@ inline void bring_run(u32 to, const void* from, u32 bytes, u32 barrier) {
     bool known = bytes == 0;
     for (const auto& range : emulated::machine.early) known |= range.contains(from, bytes);
     if (!known) emulated::machine.fail("copies what is no weight");
-    const int rank = emulated::here->in->rank;
+    const int slot = emulated::here->in->slot;
     emulated::machine.background.push_back([=] {
-        std::memcpy(emulated::shared_at(to, 1, rank), from, bytes);
-        emulated::shared_at(to + bytes - 1, 1, rank);
-        emulated::barrier_at(barrier, rank).complete(bytes);
+        if (bytes) emulated::shared_at(to + bytes - 1, 1, slot);
+        std::memcpy(emulated::shared_at(to, 1, slot), from, bytes);
+        emulated::barrier_at(barrier, slot).complete(bytes);
     });
 }
 
 inline void take_away(const TensorMap& map, u32 from, int column, int row) {
+    if (from % 128) emulated::machine.fail("TMA from an unaligned place");
     emulated::Thread* owner = emulated::here;
     owner->taken++;
     emulated::machine.background.push_back([=, held = map] {
@@ -137,7 +144,7 @@ inline void take_away(const TensorMap& map, u32 from, int column, int row) {
                 const u64 y = row + r, x = column + c;
                 if (y < held.rows && x < held.columns)
                     std::memcpy(held.address + (y * held.columns + x) * held.size,
-                                emulated::shared_at(at, (u32)held.size, owner->in->rank), held.size);
+                                emulated::shared_at(at, (u32)held.size, owner->in->slot), held.size);
             }
         if (--owner->taken == 0) owner->away.wake();
     });
@@ -220,6 +227,7 @@ struct alignas(16) Four {
 };
 
 inline Four exchanged(Four* at, const Four& x) {
+    emulated::let_others_run();
     const Four before = *at;
     *at = x;
     return before;

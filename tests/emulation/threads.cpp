@@ -1,10 +1,9 @@
 // The scheduler of `threads.h`.
 #include "threads.h"
 
-alignas(1024) unsigned char memory[4 * emulated::ROOM];
-
 namespace emulated {
 
+alignas(1024) static unsigned char memory[SLOTS * ROOM];
 Machine machine;
 Thread* here = nullptr;
 
@@ -66,16 +65,27 @@ void Barrier::turn() {
     waiters.wake();
 }
 
-unsigned char* shared_at(u32 address, u32 bytes, int rank) {
+void let_others_run() {
+    // Now and then for long: others go on with what this thread has not written yet.
+    if (machine.below(512) == 0)
+        machine.slow = [late = here, before = machine.slow](const Thread& t) { return &t == late || before(t); };
+    here->waits = "nothing";
+    machine.ready.push_back(here);
+    yield();
+}
+
+unsigned char* shared_at(u32 address, u32 bytes, int slot) {
     if (address < BASE || address + bytes > BASE + (u32)machine.shared)
         machine.fail("shared memory at " + std::to_string(address) + " of " + std::to_string(machine.shared) + " bytes");
     if (address % std::min(bytes, 16u)) machine.fail("unaligned shared memory at " + std::to_string(address));
-    return memory + rank * ROOM + (address - BASE);
+    return memory + slot * ROOM + (address - BASE);
 }
 
-Barrier& barrier_at(u32 address, int rank) {
-    shared_at(address, 8, rank);
-    return machine.cluster[rank]->barriers[address];
+Barrier& barrier_at(u32 address, int slot) {
+    shared_at(address, 8, slot);
+    Block& block = *machine.blocks[slot];
+    if (block.all.live == 0) machine.fail("a barrier of a block that has ended");
+    return block.barriers[address];
 }
 
 static void leave(Group& group) {
@@ -88,7 +98,7 @@ static void start() {
     (*entry)();
     if (here->taken) machine.fail("a thread ended before its results were read from shared memory");
     if (!here->products().queue.empty()) machine.fail("a thread ended before its products");
-    leave(here->warp()), leave(here->warpgroup()), leave(here->in->all), leave(machine.everybody);
+    leave(here->warp()), leave(here->warpgroup()), leave(here->in->all), leave(*here->in->everybody);
     machine.threads_left--;
     here->waits = "nothing: it has ended";
     setcontext(&machine.scheduler);
@@ -97,11 +107,11 @@ static void start() {
 // Uniform orders hardly ever let one block, warp or thread fall far behind the others, or a copy behind all.
 void Machine::choose_pace(int threads) {
     lazy = u64(1) << 2 * below(8);
-    const u32 block = (u32)below(blocks_of_cluster), thread = (u32)below(threads);
+    const u32 block = (u32)below(blocks.size()), thread = (u32)below(threads);
     const u32 of = std::array<u32, 4>{1, 32, 128, ROOM}[below(4)];  // a thread, a warp, a warpgroup, or the block
     const bool none = below(4) == 0;
     slow = [=](const Thread& t) {
-        return !none && t.in->rank == (int)block && t.thread.x / of == thread / of;
+        return !none && t.in->slot == (int)block && t.thread.x / of == thread / of;
     };
 }
 
@@ -113,16 +123,18 @@ Thread* Machine::next() {
     return chosen;
 }
 
-void Machine::run_cluster(int first, int threads, const std::function<void()>& kernel) {
+void Machine::run(const std::vector<int>& first, int threads, const std::function<void()>& kernel) {
     entry = &kernel;
-    choose_pace(threads);
-    cluster.clear(), ready.clear(), background.clear();
-    everybody = Group();
-    everybody.live = threads_left = blocks_of_cluster * threads;
+    blocks.clear(), clusters.clear(), ready.clear(), background.clear();
+    threads_left = (int)first.size() * blocks_of_cluster * threads;
     std::vector<std::unique_ptr<Thread>> all;
-    for (int rank = 0; rank < blocks_of_cluster; rank++) {
+    for (int slot = 0; slot < (int)first.size() * blocks_of_cluster; slot++) {
+        const int rank = slot % blocks_of_cluster, index = first[slot / blocks_of_cluster] + rank;
+        if (rank == 0) clusters.push_back(std::make_unique<Group>());
         auto block = std::make_unique<Block>();
-        block->index = first + rank, block->rank = rank, block->memory = memory + rank * ROOM;
+        block->index = index, block->rank = rank, block->slot = slot, block->memory = memory + slot * ROOM;
+        block->everybody = clusters.back().get();
+        block->everybody->live += threads;
         std::memset(block->memory, 0xff, ROOM);  // NaN
         block->all.live = threads;
         block->warps = std::vector<Group>((threads + 31) / 32);
@@ -130,7 +142,7 @@ void Machine::run_cluster(int first, int threads, const std::function<void()>& k
         block->products = std::vector<Products>((threads + 127) / 128);
         for (int t = 0; t < threads; t++) {
             auto thread = std::make_unique<Thread>();
-            thread->thread.x = t, thread->block.x = first + rank, thread->in = block.get();
+            thread->thread.x = t, thread->block.x = index, thread->in = block.get();
             block->warps[t / 32].live++, block->warpgroups[t / 128].live++;
             constexpr size_t STACK = 64 << 10;
             thread->stack.reset(new char[STACK]);
@@ -140,9 +152,11 @@ void Machine::run_cluster(int first, int threads, const std::function<void()>& k
             ready.push_back(thread.get());
             all.push_back(std::move(thread));
         }
-        cluster.push_back(std::move(block));
+        blocks.push_back(std::move(block));
     }
+    choose_pace(threads);
     while (fault.empty() && (threads_left || !background.empty())) {
+        if (below(10000) == 0) choose_pace(threads);
         const bool copies = !background.empty() && (ready.empty() || below(lazy) == 0);
         if (!copies && !ready.empty()) {
             here = next();
@@ -157,7 +171,7 @@ void Machine::run_cluster(int first, int threads, const std::function<void()>& k
             } catch (const Fault&) {
             }
         }
-        if (ready.empty() && background.empty() && threads_left) {
+        if (fault.empty() && ready.empty() && background.empty() && threads_left) {
             std::map<std::string, int> counted;
             for (auto& t : all) counted["block " + std::to_string(t->in->index) + ", warp " +
                                         std::to_string(t->thread.x / 32) + " waits for " + t->waits]++;

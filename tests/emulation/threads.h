@@ -1,8 +1,9 @@
 // A GPU's threads on one core: fibers that a random order lets run, one at a time, until they wait for each other.
 //
-// Clusters run one after another, in random order; within one, threads and copies in the background take turns at random,
-// some of them seldom. So whatever a kernel forgets to wait for comes too late in some order, and what nobody will ever
-// bring is a deadlock that is reported. A launch ends at the first fault with its message.
+// A few clusters run at a time, in random order; their threads and copies in the background take turns at random, some of
+// them seldom. A thread goes on until it waits, or touches memory in a way that other blocks are meant to see (atomics,
+// fences, accesses past L1). So whatever a kernel forgets to wait for comes too late in some order, and what nobody will
+// ever bring is a deadlock that is reported. A launch ends at the first fault with its message.
 #pragma once
 #include <ucontext.h>
 
@@ -39,7 +40,6 @@ struct Group {
     int live = 0, arrived = 0;
     const char* what = nullptr;
     u32 generation = 0;
-    unsigned char given[2][128][64];  // what each hands over; those of one generation are read until the next but one
     Waiters waiters;
 
     // Waits until all have come; `last` runs once, when they have.
@@ -47,26 +47,21 @@ struct Group {
     // The same, and what all gave, `self` being the place of the one who calls.
     template <class T>
     const T* exchange(const char* doing, int self, const T& value, const std::function<void(const T*)>& last = nullptr) {
-        static_assert(sizeof(T) <= 64, "");
-        const u32 side = generation % 2;
-        std::memcpy(given[side][self], &value, sizeof(T));
-        T* all = all_of<T>(side);
+        T* all = all_of<T>(generation % 2);
+        std::memcpy(&all[self], &value, sizeof(T));
         together(doing, [&] {
-            for (int i = 0; i < 128; i++) std::memcpy(&all[i], given[side][i], sizeof(T));
             if (last) last(all);
         });
         return all;
     }
 
    private:
-    std::vector<std::unique_ptr<unsigned char[]>> copies[2];
+    // What each hands over; that of one generation is read until the next but one.
+    std::unique_ptr<unsigned char[]> given[2];
     template <class T>
     T* all_of(u32 side) {  // made new by the first who comes
-        if (arrived == 0) {
-            copies[side].clear();
-            copies[side].push_back(std::make_unique<unsigned char[]>(128 * sizeof(T)));
-        }
-        return (T*)copies[side][0].get();
+        if (arrived == 0) given[side] = std::make_unique<unsigned char[]>(128 * sizeof(T));
+        return (T*)given[side].get();
     }
 };
 
@@ -92,8 +87,10 @@ struct Products {
 };
 
 struct Block {
-    int index, rank;
-    unsigned char* memory;  // shared
+    int index, rank, slot;      // of the grid, of its cluster, of those that run
+    unsigned char* memory;      // shared
+    int number = -1;            // the one number that a kernel may share by name
+    Group* everybody = nullptr; // of the cluster
     std::map<u32, Barrier> barriers;
     std::map<u32, Group> named;
     Group all;
@@ -128,25 +125,35 @@ struct Range {
     bool contains(const void* p, u64 bytes) const { return begin <= p && (const unsigned char*)p + bytes <= end; }
 };
 
+// Memory that holds NaN until a thread has waited for the launches before this one.
+struct Late {
+    unsigned char* at;
+    std::vector<unsigned char> bytes;
+    explicit Late(unsigned char* at, u64 size) : at(at), bytes(at, at + size) { std::memset(at, 0xff, size); }
+    void arrive() { std::memcpy(at, bytes.data(), bytes.size()); }
+};
+
 struct Machine {
     std::mt19937_64 random;
     std::vector<Thread*> ready;
     std::vector<std::function<void()>> background;  // copies and products that have not happened yet
-    std::vector<std::unique_ptr<Block>> cluster;
-    std::vector<Range> early;  // what no earlier launch writes
+    std::vector<std::unique_ptr<Block>> blocks;  // that run, clusters side by side
+    std::vector<Range> early;                    // what no earlier launch writes
+    std::vector<Late> late;                      // what one does, as far as it is checked
     std::string fault;
     ucontext_t scheduler;
     u64 lazy = 0;                        // of so many steps one is a copy or a product
     std::function<bool(const Thread&)> slow;  // threads that seldom run while others can
     Index grid;
     int shared = 0, blocks_of_cluster = 1, threads_left = 0;
-    Group everybody;  // of the cluster
+    std::vector<std::unique_ptr<Group>> clusters;
 
     u64 below(u64 n) { return random() % n; }
     void choose_pace(int threads);
     Thread* next();
     [[noreturn]] void fail(const std::string& what);
-    void run_cluster(int first, int threads, const std::function<void()>& kernel);
+    // Of blocks `first` on, one of each cluster.
+    void run(const std::vector<int>& first, int threads, const std::function<void()>& kernel);
 };
 
 extern Machine machine;
@@ -154,12 +161,15 @@ extern Thread* here;
 
 constexpr u32 BASE = 0x410;  // where shared memory begins: what a kernel wants aligned, it has to align
 constexpr u32 ROOM = 228 << 10;
+constexpr int SLOTS = 8;  // blocks that run at a time
 
-// `bytes` of shared memory of block `rank` of the cluster, which must lie in what the launch asked for.
-unsigned char* shared_at(u32 address, u32 bytes, int rank);
-inline unsigned char* shared_at(u32 address, u32 bytes) { return shared_at(address, bytes, here->in->rank); }
-Barrier& barrier_at(u32 address, int rank);
+// `bytes` of shared memory of a block, which must lie in what the launch asked for.
+unsigned char* shared_at(u32 address, u32 bytes, int slot);
+inline unsigned char* shared_at(u32 address, u32 bytes) { return shared_at(address, bytes, here->in->slot); }
+Barrier& barrier_at(u32 address, int slot);
+// The slot of block `rank` of this one's cluster.
+inline int slot_of(int rank) { return here->in->slot - here->in->rank + rank; }
+void let_others_run();
 
 }  // namespace emulated
 
-alignas(1024) extern unsigned char memory[];

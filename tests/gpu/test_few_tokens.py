@@ -84,7 +84,7 @@ def configuration(case: Case, teams: int | None = None, experts: int | None = No
     """What `choose` gives, or would for a weight of more or fewer outputs."""
     N = case.N if teams is None else MANY_OUTPUTS if teams == 1 else 1
     M = case.M if experts is None else -(-case.M // experts)
-    c = choose(M, replace(case.kind, N=N), experts is not None, settled)
+    c = choose(M, case.kind._replace(N=N), experts is not None, settled)
     assert teams in (None, c.TEAMS)
     return c
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +57,7 @@ _PACKED = {  # a code's place in memory, slowest axis first
 _PER_HALF = 5  # 3-bit codes of a 16-bit half, beside one bit of the sixteenth
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What kernels are chosen for beside the number of tokens: a weight [N, K] (or a stack of them) and what meets it.
 
     group_size: K for one scale per row. dtype: of tokens, scales, zero points, bias and results. asymmetric: with zero
