@@ -137,12 +137,12 @@ struct Machine {
     std::mt19937_64 random;
     std::vector<Thread*> ready;
     std::vector<std::function<void()>> background;  // copies and products that have not happened yet
-    std::vector<std::unique_ptr<Block>> blocks;  // that run, clusters side by side
-    std::vector<Range> early;                    // what no earlier launch writes
-    std::vector<Late> late;                      // what one does, as far as it is checked
+    std::vector<std::unique_ptr<Block>> blocks;     // that run, clusters side by side
+    std::vector<Range> early;                       // what no earlier launch writes
+    std::vector<Late> late;                         // what one does, as far as it is checked
     std::string fault;
     ucontext_t scheduler;
-    u64 lazy = 0;                        // of so many steps one is a copy or a product
+    u64 lazy = 0;                             // of so many steps one is a copy or a product
     std::function<bool(const Thread&)> slow;  // threads that seldom run while others can
     Index grid;
     int shared = 0, blocks_of_cluster = 1, threads_left = 0;

@@ -20,6 +20,7 @@ from bitwright.errors import SchemeError
 from bitwright.kernels import int8_fragments
 from bitwright.kernels.fragments import COLUMNS, ROWS
 from bitwright.kernels.int8_fragments import BYTES, MAX_COLUMNS, padded
+from bitwright.kernels.machine import machine
 from bitwright.kernels.ops import define
 from bitwright.kernels.problem import GLUON, HOPPER, cuda_features
 
@@ -67,7 +68,6 @@ def _cuda_linear(
     B: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from bitwright.kernels.machine import machine
     from bitwright.kernels.triton.int8 import linear
 
     _check(codes, weight, bits, N, B)

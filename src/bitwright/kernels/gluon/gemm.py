@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -14,6 +12,7 @@ from bitwright.kernels.fragments import Fragments
 from bitwright.kernels.gluon.config import PIECE, Config, Division, choose, choose_experts, divide, divide_experts
 from bitwright.kernels.gluon.fragment import stage
 from bitwright.kernels.gluon.kernel import fragment_gemm
+from bitwright.kernels.machine import machine
 from bitwright.kernels.workspace import zeros
 
 _WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
@@ -26,7 +25,7 @@ def linear(x: Tensor, fragments: Fragments, bias: Tensor | None = None) -> Tenso
 
     Scales must have that dtype, group_size be 32, a multiple of 64, or K.
     """
-    f, M, processors = fragments, x.shape[0], _processors(x.device.index)
+    f, M, processors = fragments, x.shape[0], machine(x.device)[1]
     config = choose(M, f.kind(x.dtype, bias is not None), processors)
     return launch(x, f, bias, config, divide(M, f.N, f.K, config, processors))
 
@@ -37,7 +36,7 @@ def experts(x: Tensor, offsets: Tensor, fragments: Fragments, settled: bool = Fa
     offsets: int32 [E + 1] on the device, never read by the host. Rows from offsets[E] on are left unwritten. T > 0.
     settled: see `ops.fragment_experts`.
     """
-    f, processors = fragments, _processors(x.device.index)
+    f, processors = fragments, machine(x.device)[1]
     assert f.experts is not None, "a stack of experts"
     config = choose_experts(x.shape[0], f.experts, f.kind(x.dtype), settled)
     return launch(x, f, None, config, divide_experts(x.shape[0], f.N, config, processors), offsets)
@@ -102,8 +101,3 @@ def _rows(values: Tensor, config: Config) -> TensorDescriptor:
     """Scales or zero points [..., G, rows] as one table of rows."""
     width = values.shape[-1]
     return TensorDescriptor(values, [values.numel() // width, width], [width, 1], [config.GROUPS, config.BN], _SCALES)
-
-
-@lru_cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

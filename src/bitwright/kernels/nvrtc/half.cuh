@@ -34,15 +34,7 @@ __device__ __forceinline__ u32 rounded(float low, float high) {
 
 // ---- arithmetic on pairs of 16-bit floats ----
 
-__device__ __forceinline__ u32 pair_of(float v) {  // exact numbers only
-    u32 r;
-#if FLOAT16
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-#endif
-    return r;
-}
+__device__ __forceinline__ u32 pair_of(float v) { return rounded(v, v); }  // exact numbers only
 
 #if FLOAT16
 #define PAIRS "f16x2"
