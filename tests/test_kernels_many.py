@@ -20,7 +20,7 @@ from bitwright.kernels.nvrtc import many_config
 from bitwright.kernels.nvrtc.many_config import Config, Division, best, choose, divide, estimate, tile, tiles
 
 BF16, FP16 = torch.bfloat16, torch.float16
-BASE = Config(BITS=4, FLOAT16=0, ASYM=0, GROUPS=1, BIAS=0, TMA_OUT=1, ROWS=128, TOKENS=256)
+BASE = Config(BITS=4, FLOAT16=0, ASYM=0, GROUP=128, BIAS=0, TMA_OUT=1, ROWS=128, TOKENS=256)
 SHAPES = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (8192, 8192), (57344, 8192), (8192, 28672)]
 
 
@@ -91,7 +91,8 @@ def test_cuts_are_those_of_the_least_estimate() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     M=st.integers(1, 9000), N=st.integers(1, 30000), K=st.integers(1, 9000), bits=st.sampled_from([2, 3, 4, 8]),
-    group_size=st.sampled_from([32, 64, 128, None]), dtype=st.sampled_from([BF16, FP16]), asymmetric=st.booleans(),
+    group_size=st.sampled_from([32, 64, 128, 192, 256, None]), dtype=st.sampled_from([BF16, FP16]),
+    asymmetric=st.booleans(),
 )  # fmt: skip
 def test_tiles_fit(
     M: int, N: int, K: int, bits: int, group_size: int | None, dtype: torch.dtype, asymmetric: bool
@@ -103,7 +104,8 @@ def test_tiles_fit(
     assert c.TOKENS % c.piece == 0
     assert (bits, dtype == FP16, asymmetric) == (c.BITS, c.FLOAT16, c.ASYM)
     assert (N % 8 == 0) == c.TMA_OUT, "rows of results at multiples of 16 bytes"
-    assert (2 if group == 32 and K > 32 else 1) == c.GROUPS
+    assert max(1, min(c.SPAN * 64 // group if group < K else 1, 4)) == c.groups, "scales of a step"
+    assert group >= K or group % (64 * c.SPAN) == 0 or 64 * c.SPAN % group == 0, "a step cuts no group"
     assert c.CLUSTER == 1 or c.ROWS < N, "the second block would have no rows"
 
 
@@ -125,7 +127,7 @@ def test_the_choice_has_the_least_estimate() -> None:
 
 def test_tiles_follow_the_tokens() -> None:
     assert chosen(300, 8192, 8192).TOKENS == 160, "300 tokens are not 384"
-    square = chosen(2048, 8192, 8192)
+    square = chosen(1024, 8192, 8192)
     assert square.ROWS * square.TOKENS == 128 * 256 and square.CLUSTER == 2
     assert chosen(200, 100, 4096).CLUSTER == 1
 
@@ -145,15 +147,15 @@ def test_more_work_takes_longer(
     )
 
 
-def test_hopper_takes_it_where_powers_of_two_do_not_suit() -> None:
+def test_hopper_takes_it_unless_powers_of_two_suit_better() -> None:
     def suits(M: int, N: int, K: int) -> bool:
         return hopper._suits(M, Kind(N, K, 4, 128, BF16), 132)
 
-    # Timings behind this are in dev/LOG.md: at 300 tokens 67 against 81 us, at 512 87 against 86.
-    assert suits(300, 8192, 8192) and suits(300, 4096, 11008) and suits(200, 12288, 4096)
-    assert not any(suits(M, N, K) for M in (512, 1024, 2048, 8192) for N, K in SHAPES)
+    # Timings behind this are in dev/LOG.md: 300 tokens of 8192² 58 against 83 us, 256 of 4096² 20.5 against 19.5.
+    assert all(suits(M, N, K) for M in (300, 512, 1024, 2048, 8192) for N, K in SHAPES)
+    assert not suits(256, 4096, 4096)
     for bits, group_size in ((3, 128), (8, 128), (4, 32)):
-        assert not hopper._suits(300, Kind(8192, 8192, bits, group_size, BF16), 132), "never timed"
+        assert hopper._suits(300, Kind(8192, 8192, bits, group_size, BF16), 132)
 
 
 # --- the kernel
@@ -162,12 +164,15 @@ def test_hopper_takes_it_where_powers_of_two_do_not_suit() -> None:
 def compiled() -> list[Config]:
     """Hot ones, and what stretches registers: every width of codes, both grids, both ways to results."""
     wide, tall, crowded = tile(BASE, 128, 256, 2), tile(BASE, 256, 144, 2), tile(BASE, 256, 160, 2)
+    square, high = tile(BASE, 128, 128, 2), tile(BASE, 256, 128, 2)
     plain = [tile(BASE, 128, tokens, 2) for tokens in (64, 80, 128, 208)] + [tile(BASE, 128, 128, 1), wide, tall]
     asked = [
-        replace(c, BITS=bits, ASYM=asym, GROUPS=groups, BIAS=1, FLOAT16=float16)
-        for c, bits, asym, groups, float16 in (
-            (wide, 4, 1, 2, 1), (wide, 2, 1, 1, 0), (wide, 3, 1, 2, 0), (wide, 8, 1, 2, 0), (wide, 8, 0, 1, 1),
-            (tall, 2, 0, 2, 1), (tall, 3, 1, 2, 0), (tall, 8, 1, 2, 0), (crowded, 4, 1, 2, 0), (crowded, 8, 1, 2, 0),
+        tile(replace(BASE, BITS=bits, ASYM=asym, GROUP=group, BIAS=1, FLOAT16=float16), c.ROWS, c.TOKENS, 2)
+        for c, bits, asym, group, float16 in (
+            (wide, 4, 1, 32, 1), (wide, 2, 1, 128, 0), (wide, 3, 1, 32, 0), (wide, 8, 1, 32, 0), (wide, 8, 0, 128, 1),
+            (tall, 2, 0, 32, 1), (tall, 3, 1, 32, 0), (tall, 8, 1, 32, 0), (crowded, 4, 1, 32, 0),
+            (crowded, 8, 1, 32, 0), (square, 3, 1, 32, 0), (square, 8, 1, 64, 0), (square, 2, 0, 64, 1),
+            (high, 4, 1, 32, 0), (high, 8, 0, 128, 0),
         )
     ]  # fmt: skip
     return [*plain, crowded, *asked, replace(tall, TMA_OUT=0, BIAS=1), replace(wide, TMA_OUT=0)]
@@ -181,30 +186,19 @@ def test_compiles_for_hopper(c: Config, tmp_path: Path) -> None:
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled is not None
     # A few numbers may be kept aside over the steps, addresses of results for instance, but not in them.
-    assert int(spilled[1]) <= 16, said
+    assert int(spilled[1]) <= 32, said
     assert "Loss" not in said and "serialized" not in said, said
     code = sass.disassembled(cubin, tmp_path)
     kind = "" if c.FLOAT16 else r"\.BF16"
     products = re.findall(rf"HGMMA\.64x{c.TOKENS}x16\.F32{kind} R\d+, R\d+, gdesc", code)
-    assert len(products) == code.count("HGMMA") == 4 * c.ROWS // 128, "four of 16 columns for every 64 rows"
+    assert len(products) == code.count("HGMMA") == c.SPAN * 4 * c.ROWS // 128, "four of 64 rows x 64 columns"
     assert ("UTMASTG" in code) == bool(c.TMA_OUT) and ("MULTICAST" in code) == (c.CLUSTER > 1)
     (body,) = sass.loops(code)
     assert not sass.overwritten(code), "a register changes that a product may be reading"
     operations = [operation for operation, _ in body]
     assert not [x for x in operations if x.startswith(("STL", "LDL", "MEMBAR"))]
-    check_overlap(operations, c)
-
-
-def check_overlap(operations: list[str], c: Config) -> None:
-    """The weights of a part are made while the product of the one before runs: after it began, with nothing but the
-    product before that waited for, and before the next one's fence."""
-    made = [0]
-    state = ""
-    for operation in operations:
-        if operation.startswith(("WARPGROUP.ARRIVE", "HGMMA", "WARPGROUP.DEPBAR")):
-            state = operation
-            made += [0] * operation.startswith("WARPGROUP.ARRIVE")
-        elif operation.startswith("HMUL2"):
-            assert state.startswith("WARPGROUP.DEPBAR"), f"scaled after {state}"
-            made[-1] += 1
-    assert made == [0] + [4 * c.CHUNKS * c.ROWS // 128] * (4 // c.CHUNKS)
+    # While a warpgroup makes what the next product needs the one before runs: no wait in the loop is for the last one.
+    waits = [operands for operation, operands in body if operation.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == c.SPAN * 4 // c.CHUNKS and all(x.endswith("0x1") for x in waits), waits
+    made = sum(operation.startswith("HMUL2") for operation in operations)
+    assert made == 4 * len(waits) * c.CHUNKS * c.ROWS // 128, "every pair of weights once"

@@ -2,6 +2,8 @@
 #pragma once
 #include "threads.h"
 
+#include <cmath>
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -57,6 +59,12 @@ template <class T>
 T __shfl_sync(u32, T v, int from) {
     return emulated::here->warp().exchange("__shfl_sync", emulated::here->lane(), v)[from % 32];
 }
+template <class T>
+T __shfl_xor_sync(u32, T v, int with) {
+    const int lane = emulated::here->lane();
+    return emulated::here->warp().exchange("__shfl_xor_sync", lane, v)[lane ^ with];
+}
+
 template <class T>
 T __shfl_up_sync(u32, T v, int by) {
     const int lane = emulated::here->lane();

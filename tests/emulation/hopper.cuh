@@ -41,8 +41,14 @@ inline void barrier_wait(u32 barrier, u32 parity) {
     while (b.parity == (parity & 1)) b.waiters.wait("an mbarrier");
 }
 
-inline void cluster_sync() { emulated::here->in->everybody->together("cluster_sync"); }
-inline void cluster_sync_barriers() { cluster_sync(); }
+inline void cluster_arrive_barriers() {
+    emulated::here->arrived_at = emulated::here->in->everybody->arrive("a barrier of the cluster");
+}
+inline void cluster_wait() {
+    emulated::here->in->everybody->wait("a barrier of the cluster", emulated::here->arrived_at);
+}
+inline void cluster_sync_barriers() { cluster_arrive_barriers(), cluster_wait(); }
+inline void cluster_sync() { cluster_sync_barriers(); }
 inline void fence_gpu() { emulated::let_others_run(); }
 inline u32 cluster_rank() { return (u32)emulated::here->in->rank; }
 
@@ -58,9 +64,8 @@ inline void named_come(u32 name, u32 threads, bool waits) {
     auto& group = emulated::here->in->named[name];
     if (group.arrived == 0) group.live = (int)threads;
     if (group.live != (int)threads) emulated::machine.fail("a barrier of one name and two numbers of threads");
-    if (waits || group.arrived + 1 == group.live) return group.together("a named barrier");
-    group.what = "a named barrier";
-    group.arrived++;
+    const u32 before = group.arrive("a named barrier");
+    if (waits) group.wait("a named barrier", before);
 }
 inline void named_sync(u32 name, u32 threads) { named_come(name, threads, true); }
 inline void named_arrive(u32 name, u32 threads) { named_come(name, threads, false); }
@@ -170,10 +175,12 @@ void products_wait() {
 template <class T, int count>
 void products_done(T (&)[count]) {}
 
+inline u32 operand_low(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+constexpr u32 operand_high(int row_bytes) { return 8 * row_bytes >> 4 | (row_bytes == 128 ? 1u : 2u) << 30; }
+
 template <int row_bytes>
 u64 operand(u32 address) {
-    const u64 swizzle = row_bytes == 128 ? 1 : 2;
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * row_bytes >> 4) << 32 | swizzle << 62;
+    return (u64)operand_high(row_bytes) << 32 | operand_low(address);
 }
 
 template <int registers>
@@ -208,6 +215,31 @@ inline u32 read2(u32 address) { return read_shared<u16>(address); }
 inline u32 read2_twice(u32 address) { return read2(address) * 0x10001u; }
 inline void write4(u32 address, u32 value) { write_shared(address, value); }
 inline void write16(u32 address, float a, float b, float c, float d) { write_shared(address, float4{a, b, c, d}); }
+
+// ---- shared memory of the blocks of a cluster ----
+
+template <class T>
+void send(u32 address, const T& v, u32 barrier, u32 rank) {
+    if (emulated::here->in->everybody->generation == 0)
+        emulated::machine.fail("sends to a block that may not have begun");
+    emulated::machine.background.push_back([=, slot = emulated::slot_of((int)rank)] {
+        std::memcpy(emulated::shared_at(address, sizeof(T), slot), &v, sizeof(T));
+        emulated::barrier_at(barrier, slot).complete(sizeof(T));
+    });
+}
+inline void send16(u32 address, float a, float b, float c, float d, u32 barrier, u32 rank) {
+    send(address, float4{a, b, c, d}, barrier, rank);
+}
+inline void send8(u32 address, float a, float b, u32 barrier, u32 rank) {
+    struct Two {
+        float a, b;
+    };
+    send(address, Two{a, b}, barrier, rank);
+}
+
+// ---- arithmetic ----
+
+inline float power_of_two(float v) { return std::exp2(v); }
 
 inline void write_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
     const int lane = emulated::here->lane();

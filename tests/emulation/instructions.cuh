@@ -46,7 +46,8 @@ void together_later(T* d, const u32 (&a)[4], u32 where, u64 right, const std::fu
     });
 }
 
-inline void weight_product(float (&d)[TOKENS / 2], const u32 (&a)[4], u64 b) {
+inline void weight_product(float (&d)[TOKENS / 2], const u32 (&a)[4], u32 low) {
+    const u64 b = (u64)operand_high(128) << 32 | low;
     const int slot = emulated::here->in->slot;
     together_later<float>(d, a, 0, b, [=](const Given<float>* all) {
         float left[64][16];

@@ -38,12 +38,23 @@ void Waiters::wake() {
 }
 
 void Group::together(const char* doing, const std::function<void()>& last) {
+    if (arrived + 1 == live && last) last();
+    wait(doing, arrive(doing));
+}
+
+u32 Group::arrive(const char* doing) {
     if (arrived == 0) what = doing;
     if (std::strcmp(what, doing)) machine.fail(std::string("threads of one group come to ") + what + " and to " + doing);
-    if (++arrived < live) return waiters.wait(doing);
-    arrived = 0, generation++;
-    if (last) last();
-    waiters.wake();
+    const u32 before = generation;
+    if (++arrived == live) {
+        arrived = 0, generation++;
+        waiters.wake();
+    }
+    return before;
+}
+
+void Group::wait(const char* doing, u32 before) {
+    while (generation == before) waiters.wait(doing);
 }
 
 void Barrier::arrive(long expected) {

@@ -44,6 +44,9 @@ struct Group {
 
     // Waits until all have come; `last` runs once, when they have.
     void together(const char* doing, const std::function<void()>& last = nullptr);
+    // The same in two halves: what `arrive` gives is for `wait`.
+    u32 arrive(const char* doing);
+    void wait(const char* doing, u32 before);
     // The same, and what all gave, `self` being the place of the one who calls.
     template <class T>
     const T* exchange(const char* doing, int self, const T& value, const std::function<void(const T*)>& last = nullptr) {
@@ -110,6 +113,7 @@ struct Thread {
     const char* waits = nullptr;
     const void* depth = nullptr;  // of its stack, while it does not run; what lies below is gone
     bool waited = false;   // for the launches before this one
+    u32 arrived_at = 0;    // the barrier of the cluster
     u32 commits = 0;       // groups of products
     int taken = 0;         // copies out of shared memory that have not read it yet
     Waiters away;

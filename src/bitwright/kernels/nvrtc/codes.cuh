@@ -17,27 +17,28 @@ __device__ __forceinline__ u32 merged(u32 word, u32 mask) { return and_or<MAGIC>
 
 // ---- words ----
 
+constexpr int LANE_BYTES = BITS == 4 || BITS == 8 ? 16 : 8;
+
 struct Words {  // of a lane, of one block
     u32 w[WORDS_OF_LANE];
 };
 
-// first, second: addresses of the block's words in shared memory (the second of 3 bits only).
+// first, second: addresses of the lane's words in shared memory (the second of 3 bits only).
 __device__ __forceinline__ Words read_words(u32 first, u32 second) {
-    const u32 lane = threadIdx.x % 32;
     Words r;
 #if BITS == 4
-    const Words4 a = read16(first + 16 * lane);
+    const Words4 a = read16(first);
 #pragma unroll
     for (int i = 0; i < 4; i++) r.w[i] = a.w[i];
 #elif BITS == 8
-    const Words4 a = read16(first + 16 * lane), b = read16(first + 512 + 16 * lane);
+    const Words4 a = read16(first), b = read16(first + 512);
 #pragma unroll
     for (int i = 0; i < 4; i++) r.w[i] = a.w[i], r.w[4 + i] = b.w[i];
 #else
-    const Words2 a = read8(first + 8 * lane);
+    const Words2 a = read8(first);
     r.w[0] = a.w[0], r.w[1] = a.w[1];
 #if BITS == 3
-    r.w[2] = read4(second + 4 * lane);
+    r.w[2] = read4(second);
 #endif
 #endif
     return r;

@@ -70,6 +70,17 @@ __device__ __forceinline__ void cluster_sync_barriers() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// In two halves.
+__device__ __forceinline__ void cluster_arrive_barriers() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Own accesses of memory before this, and those of others that were seen, before own ones after it, for all of the GPU.
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
@@ -178,11 +189,15 @@ __device__ __forceinline__ void products_done(float (&sums)[count]) {
     for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// An operand in rows of `row_bytes` (128 or 64), swizzled over as many bytes, 8 rows after 8 rows.
+// An operand in rows of `row_bytes` (128 or 64), swizzled over as many bytes, 8 rows after 8 rows: the low word says
+// where, the high one how it lies.
+__device__ __forceinline__ u32 operand_low(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+
+__device__ constexpr u32 operand_high(int row_bytes) { return 8 * row_bytes >> 4 | (row_bytes == 128 ? 1u : 2u) << 30; }
+
 template <int row_bytes>
 __device__ __forceinline__ u64 operand(u32 address) {
-    const u64 swizzle = row_bytes == 128 ? 1 : 2;
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * row_bytes >> 4) << 32 | swizzle << 62;
+    return (u64)operand_high(row_bytes) << 32 | operand_low(address);
 }
 
 template <int registers>
@@ -253,6 +268,27 @@ __device__ __forceinline__ void write_transposed(u32 address, u32 a, u32 b, u32 
                  : "memory");
 }
 
+// ---- shared memory of the blocks of a cluster ----
+
+// Numbers on their way to the same place in block `rank`, where the barrier counts their bytes: nobody has to make them
+// visible, as a release to the cluster would, which is a fence of all memory.
+__device__ __forceinline__ void send16(u32 address, float a, float b, float c, float d, u32 barrier, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 there, counted; mapa.shared::cluster.u32 there, %0, %6; mapa.shared::cluster.u32 counted, %5, %6;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [counted]; }" ::"r"(
+            address),
+        "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier), "r"(rank)
+        : "memory");
+}
+
+__device__ __forceinline__ void send8(u32 address, float a, float b, u32 barrier, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 there, counted; mapa.shared::cluster.u32 there, %0, %4; mapa.shared::cluster.u32 counted, %3, %4;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%1, %2}, [counted]; }" ::"r"(address),
+        "f"(a), "f"(b), "r"(barrier), "r"(rank)
+        : "memory");
+}
+
 // ---- memory of the GPU ----
 
 struct alignas(16) Four {
@@ -273,7 +309,14 @@ __device__ __forceinline__ Four exchanged(Four* at, const Four& x) {
     return r;
 }
 
-// ---- logic ----
+// ---- arithmetic ----
+
+// 2^v, 0 for minus infinity.
+__device__ __forceinline__ float power_of_two(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
 
 // (word & mask) | ones, in one instruction.
 template <u32 ones>

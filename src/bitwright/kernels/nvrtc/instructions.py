@@ -6,8 +6,8 @@ _PRODUCT = """
 // d += a b: {what}.
 __device__ __forceinline__ void {name}({kind} (&d)[{registers}], {parameters}) {{
     asm volatile(
-        "{instruction} "
-        "{{{of_d}}}, {operands};"
+        "{before}{instruction} "
+        "{{{of_d}}}, {operands}{after}"
         : {outputs}
         : {inputs});
 }}
@@ -42,17 +42,19 @@ def sparse_header(tokens: int, float16: bool) -> str:
 
 
 def weight_header(tokens: int, float16: bool) -> str:
-    """`weight_product` of 64 rows x 16 columns by `tokens` tokens."""
+    """`weight_product` of 64 rows x 16 columns by `tokens` tokens in rows of 128 bytes."""
     registers = tokens // 2
     return _FILE + _product(
         "weight_product",
         tokens,
         "float",
-        what="a pairs of 16-bit floats in four registers",
-        parameters="const u32 (&a)[4], u64 b",
+        what="a pairs of 16-bit floats in four registers, b the low word of an operand",
+        parameters="const u32 (&a)[4], u32 b",
+        before=f"{{ .reg .b64 right; mov.b64 right, {{%{registers + 4}, %{registers + 5}}}; ",
         instruction=_of_halves(tokens, float16),
-        operands=f"{_four(registers)}, %{registers + 4}, 1, 1, 1, 0",
-        inputs=", ".join([*(f'"r"(a[{i}])' for i in range(4)), '"l"(b)']),
+        operands=f"{_four(registers)}, right, 1, 1, 1, 0",
+        after="; }",
+        inputs=", ".join([*(f'"r"(a[{i}])' for i in range(4)), '"r"(b)', '"n"(operand_high(128))']),
     )
 
 
@@ -66,12 +68,14 @@ def _four(first: int) -> str:
     return f"{{{', '.join(f'%{first + i}' for i in range(4))}}}"
 
 
-def _product(name: str, tokens: int, kind: str, **rest: str) -> str:
+def _product(name: str, tokens: int, kind: str, before: str = "", after: str = ";", **rest: str) -> str:
     registers = tokens // 2
     return _PRODUCT.format(
         name=name,
         kind=kind,
         registers=registers,
+        before=before,
+        after=after,
         of_d=", ".join(f"%{i}" for i in range(registers)),
         outputs=", ".join(f'"+{"f" if kind == "float" else "r"}"(d[{i}])' for i in range(registers)),
         **rest,

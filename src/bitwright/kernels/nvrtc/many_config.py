@@ -18,11 +18,20 @@ _WARPGROUPS = 2
 _MOST_CUTS = 16  # pieces of a tile
 _MOST_TOKENS = {128: 256, 256: 160}  # whose sums fit into registers beside the left operands, by rows of a tile
 _LEAST_TOKENS, _PIECE = 64, 16
+_LEAST_STAGES = 3
+_REGISTERS = 200  # of a thread, beside which addresses find room
 _CROWDED = 256 * 144  # numbers of a tile, beyond which left operands are made for 16 columns at a time
-# What a tile takes, in microseconds, fitted to 1000 timings of 4-bit weights on one H100 to within 3 % (dev/LOG.md).
-_STEP = {128: (0.252, 0.00164), 256: (0.424, 0.00329)}  # 64 columns, and each token of them, by rows of a tile
-_START = 1.0  # of a tile
-_PIECES, _PIECE_RATE = 4.5, 18300  # of a tile in pieces; numbers of one that are written or read in a microsecond
+# What a tile takes, in microseconds, fitted to 600 timings of 4-bit weights on two H100s to within 3 % (dev/LOG.md).
+# 64 columns, and each token of them, by rows of a tile and SPAN: the making of operands, then the products themselves.
+_STEP = {
+    (128, 1): ((0.258, 0.00159),),
+    (128, 2): ((0.189, 0.00151), (0.081, 0.00220)),
+    (256, 1): ((0.385, 0.00300),),
+    (256, 2): ((0.291, 0.00329),),
+}
+_START = 0.85  # of a tile
+_APART = 1.03  # pieces read what no others read at the same time
+_PIECES, _PIECE_RATE = 3.8, 16200  # of a tile in pieces; numbers of one that are written or read in a microsecond
 
 
 @dataclass(frozen=True)
@@ -34,13 +43,14 @@ class Config(Macros):
     BITS: int
     FLOAT16: int
     ASYM: int
-    GROUPS: int
+    GROUP: int
     BIAS: int
     TMA_OUT: int
     ROWS: int
     TOKENS: int
-    CLUSTER: int = 2
+    SPAN: int = 1
     CHUNKS: int = 2
+    CLUSTER: int = 2
     BAND: int = 16
     STAGES: int | None = None
 
@@ -51,9 +61,14 @@ class Config(Macros):
 
     @property
     def stage_bytes(self) -> int:
-        """Of a step: tokens and words, then scales and zero points, two barriers."""
-        words = self.ROWS // ROWS * sum(WORDS[self.BITS]) * 4
-        return self.TOKENS * COLUMNS * 2 + words + (1 + self.ASYM) * self.GROUPS * self.ROWS * 2 + 16
+        """Of a stage: tokens and words, then scales and zero points, two barriers."""
+        words = self.ROWS // ROWS * self.SPAN * sum(WORDS[self.BITS]) * 4
+        return self.TOKENS * self.SPAN * COLUMNS * 2 + words + (1 + self.ASYM) * self.groups * self.ROWS * 2 + 16
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row in a step."""
+        return max(1, self.SPAN * COLUMNS // self.GROUP)
 
     @property
     def stages(self) -> int:
@@ -64,6 +79,10 @@ class Config(Macros):
     def shared(self) -> int:
         """Bytes of shared memory, what alignment may take included."""
         return self._beside + self.stages * self.stage_bytes
+
+    def steps(self, K: int) -> int:
+        """Of a tile with K columns."""
+        return -(-K // (self.SPAN * COLUMNS))
 
     @property
     def _beside(self) -> int:
@@ -102,7 +121,7 @@ def divide(M: int, N: int, K: int, config: Config, processors: int, cuts: int | 
     cuts: pieces of each of these, instead of what `estimate` makes of it.
     """
     clusters, tiles = processors // config.CLUSTER, config.clusters(M, N)
-    steps = -(-K // COLUMNS)
+    steps = config.steps(K)
     left = tiles % clusters
     if cuts is None:
         cuts = min(range(1, _MOST_CUTS + 1), key=lambda cuts: estimate(M, N, K, config, processors, cuts))
@@ -122,14 +141,13 @@ def divide(M: int, N: int, K: int, config: Config, processors: int, cuts: int | 
 
 def estimate(M: int, N: int, K: int, config: Config, processors: int, cuts: int) -> float:
     """Microseconds that the product takes, with tiles that are left after full rounds in `cuts` pieces."""
-    clusters, steps = processors // config.CLUSTER, -(-K // COLUMNS)
-    by_itself, per_token = _STEP[config.ROWS]
-    step = by_itself + per_token * config.TOKENS
+    clusters, steps = processors // config.CLUSTER, config.steps(K)
+    step = config.SPAN * max(a + b * config.TOKENS for a, b in _STEP[config.ROWS, config.SPAN])
     rounds, left = divmod(config.clusters(M, N), clusters)
     cuts = min(cuts, steps)
     time = rounds * (steps * step + _START)
     if left:
-        time += -(-left * cuts // clusters) * (-(-steps // cuts) * step + _START)
+        time += -(-left * cuts // clusters) * (-(-steps // cuts) * step + _START) * (_APART if cuts > 1 else 1.0)
     if left and cuts > 1:
         time += _PIECES + (1 + cuts) * config.ROWS * config.TOKENS / _PIECE_RATE
     return time
@@ -138,12 +156,12 @@ def estimate(M: int, N: int, K: int, config: Config, processors: int, cuts: int)
 @lru_cache(maxsize=4096)
 def choose(M: int, kind: Kind, processors: int) -> Config:
     """The configuration that `estimate` finds fastest, for M > 0 and N > 0."""
-    N, K, group_size = kind.N, kind.K, kind.group_size
+    N, K = kind.N, kind.K
     config = Config(
         BITS=kind.bits,
         FLOAT16=int(kind.dtype == torch.float16),
         ASYM=int(kind.asymmetric),
-        GROUPS=1 if group_size >= min(COLUMNS, K) else COLUMNS // group_size,
+        GROUP=_group(kind.group_size, K),
         BIAS=int(kind.bias),
         TMA_OUT=int(N % 8 == 0),
         ROWS=128,
@@ -166,5 +184,19 @@ def tiles(config: Config, N: int, processors: int) -> Iterator[Config]:
 
 
 def tile(config: Config, rows: int, tokens: int, cluster: int) -> Config:
-    """`config` with another tile, its operands made in the parts that leave registers for the sums."""
-    return replace(config, ROWS=rows, TOKENS=tokens, CLUSTER=cluster, CHUNKS=1 if rows * tokens > _CROWDED else 2)
+    """`config` with another tile: in steps of two column blocks where there is room for them."""
+    size = rows * tokens
+    chunks = 1 if size > _CROWDED else 2
+    config = replace(config, ROWS=rows, TOKENS=tokens, CLUSTER=cluster, STAGES=None, CHUNKS=chunks, SPAN=2)
+    # Of a thread: sums, and for every 64 rows two left operands, words, scales and zero points of a column block.
+    scales = 2 * max(1, COLUMNS // config.GROUP) * (1 + config.ASYM)
+    registers = size // 256 + (8 * chunks + config.BITS + scales) * (rows // 128)
+    fits = registers <= _REGISTERS and config.stages >= _LEAST_STAGES and config.GROUP in (32, 64, 128)
+    return config if fits else replace(config, SPAN=1)
+
+
+def _group(group_size: int, K: int) -> int:
+    """What stands for all groups that steps meet in the same way."""
+    if group_size >= K or group_size % 128 == 0:
+        return 128
+    return group_size if group_size in (32, 64) else 192

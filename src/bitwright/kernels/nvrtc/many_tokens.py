@@ -37,13 +37,13 @@ def linear(
     x = tma.rows(x)
     counters = zeros(d.counters, x.device)
     partial = torch.empty(d.numbers, dtype=torch.float32, device=x.device)
-    bands, steps = f.words[0].shape[:2]
+    bands, columns = f.words[0].shape[:2]
     tokens = tensor_map(x, (c.TOKENS // c.CLUSTER, COLUMNS), 128)
-    scale = tensor_map(f.scale, (c.GROUPS, c.ROWS), 0)
-    zero = scale if f.zero is None else tensor_map(f.zero, (c.GROUPS, c.ROWS), 0)
+    scale = tensor_map(f.scale, (c.groups, c.ROWS), 0)
+    zero = scale if f.zero is None else tensor_map(f.zero, (c.groups, c.ROWS), 0)
     results = tensor_map(out, (c.piece, 64), 128) if c.TMA_OUT else tokens
     pointers = (f.words[0], f.words[-1], out if bias is None else bias, out, partial, counters)
-    numbers = (M, f.N, bands, steps, -(-f.group_size // COLUMNS), d.whole, d.cuts, d.items)
+    numbers = (M, f.N, bands, columns, c.steps(f.K), c.steps(f.group_size), d.whole, d.cuts, d.items)
     kernel(c, x.device.index)(
         d.blocks,
         _THREADS,
