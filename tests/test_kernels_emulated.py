@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import attention_cases
 import pytest
 import sparse_cases
 import torch
@@ -21,7 +22,7 @@ if reason := emulator.missing():
     pytest.skip(reason, allow_module_level=True)
 
 from bitwright.kernels.fragments import Fragments
-from bitwright.kernels.nvrtc import few_tokens, launch, many_tokens
+from bitwright.kernels.nvrtc import decode_attention, few_tokens, launch, many_tokens
 from bitwright.kernels.nvrtc.many_config import choose, divide, tile
 from bitwright.kernels.sparse_ops import int8_sparse_linear
 
@@ -161,6 +162,66 @@ def test_sparse(
             int8_cases.compare(y, int8_sparse_linear(*given), case)
 
 
+# --- attention
+
+
+ATTENTION = [
+    (attention_cases.Case(2, 2, S=100), 1), (attention_cases.Case(8, 2, dtype=FP16), 4),
+    (attention_cases.Case(16, 2, S=520), 8), (attention_cases.Case(8, 1, D=64, S=600, rope=False), 2),
+    (attention_cases.Case(7, 1, S=90), 8), (attention_cases.Case(12, 2, D=64, S=400, dtype=FP16), 2),
+]  # fmt: skip
+
+
+def attend(case: attention_cases.Case, splits: int, seed: int, **how: Any) -> Callable[..., Tensor]:
+    """On the emulator: the caches, positions and tables were there before."""
+    c = decode_attention.choose(
+        len(case.positions), case.heads, case.kv_heads, case.D, case.S, case.dtype, PROCESSORS, rope=case.rope
+    )
+
+    def decode(qkv: Tensor, *given: Tensor | None) -> Tensor:
+        early = [t for t in given if t is not None]
+        with cases.poisoned(), emulator.emulated(decode_attention, early, PROCESSORS, seed, **how):
+            return decode_attention.decode(qkv, *given, replace(c, SPLITS=splits))
+
+    return decode
+
+
+@pytest.mark.parametrize(("case", "splits"), ATTENTION, ids=str)
+def test_decode_attention(case: attention_cases.Case, splits: int) -> None:
+    for seed in range(3):
+        attention_cases.check(attend(case, splits, seed), case)
+
+
+@pytest.mark.parametrize(("case", "splits"), ATTENTION[1::2], ids=str)
+def test_attention_over_a_cache_that_has_all_keys(case: attention_cases.Case, splits: int) -> None:
+    def attend(queries: Tensor, keys: Tensor, *given: Any) -> Tensor:
+        c = decode_attention.choose(
+            *queries.shape[:2], *keys.shape[1:2], case.D, case.S, case.dtype, PROCESSORS, fresh=False, rope=False
+        )
+        with cases.poisoned(), emulator.emulated(decode_attention, (), PROCESSORS):
+            return decode_attention.attend(queries, keys, *given, replace(c, SPLITS=splits))
+
+    attention_cases.check_attend(attend, case)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "seen"),
+    [
+        ("barrier_wait(own_full + 8 * ring.stage, ring.parity);", "", "not close|NaN|more arrive"),
+        ("barrier_wait(own_empty + 8 * ring.stage, ring.parity);", "", "not close|more arrive|deadlock"),
+        ("    cluster_wait();", "", "may not have begun|initialized"),
+        ("barrier_wait(sent, 0);", "", "not close|NaN|has ended"),
+        ("r.sum.v[i] *= fade;", "", "not close"),
+        ("if (first + 4 * i + quarter >= end) continue;", "", "NaN|not close"),
+    ],
+)
+def test_faults_of_attention_are_seen(old: str, new: str, seen: str) -> None:
+    case, splits = attention_cases.Case(8, 1, S=700), 2
+    with pytest.raises(AssertionError, match=f"(?i){seen}"):
+        for seed in range(12):
+            attention_cases.check(attend(case, splits, seed, change=(old, new)), case)
+
+
 # --- faults
 
 
@@ -181,7 +242,7 @@ FAULTS = [
     ("few", "min(c.tile * BANDS + b, p.bands - 1)", "c.tile * BANDS + b", "what is no weight"),
     ("many", "multiply_pairs(a[i], step.scale[b][group][i % 2])", "a[i]", "differ"),
     ("many", "products_wait<0>();", "", "differ|sums that are gone|before its products"),
-    ("many", "read_step(step, m, ring.stage);\n        }", "}", "differ"),
+    ("many", "read_block<0>(step, own, next.stage);", "", "differ"),
     ("many", "if (++c.phase == p.group_steps)", "if (false)", "differ"),
     ("many", "if (part == 0 && !begins) give_back(m.empty, ring.before());", "", "deadlock"),
     ("many", "if (last) *counter = 0;", "", "not zero"),

@@ -13,7 +13,7 @@ from conftest import FAMILIES, VOCAB, build_tiny
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
-from bitwright.nn import graphs
+from bitwright.nn import attention, graphs
 from bitwright.nn.graphs import StaticDecoder, Unsupported, decoder, refuse
 
 transformers = pytest.importorskip("transformers")
@@ -61,6 +61,69 @@ def test_tokens_are_those_of_transformers(tiny_model, family: str, length: int) 
         expected = expected_tokens(model, prompt(T), count)
         assert torch.equal(greedy(steps, prompt(T), count), expected)
     assert len(expected_tokens(model, prompt(19), 14).unique()) > 1
+
+
+def attend_reference(queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """What `decode_attention.attend` gives, sequence by sequence."""
+    shared = queries.shape[1] // keys.shape[1]
+    results = []
+    for q, k, v, n in zip(queries, keys, values, lengths.tolist(), strict=True):
+        k, v = (t[:, :n].float().repeat_interleave(shared, dim=0) for t in (k, v))
+        p = (k @ q.float()[:, :, None] * scale).softmax(dim=1)
+        results.append((p * v).sum(dim=1))
+    return torch.stack(results).to(queries.dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "mixtral", "gpt2", "gpt_bigcode"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_single_queries_by_a_kernel(tiny_model, monkeypatch: pytest.MonkeyPatch, family: str, batch: int) -> None:
+    """As on a GPU, with the kernel's twin: steps alone ask it, with as many keys as there are, and give the same."""
+    if family in ("gpt2", "gpt_bigcode"):  # queries are strided parts of a tensor with keys and values
+        config = transformers.GPT2Config if family == "gpt2" else transformers.GPTBigCodeConfig
+        more = {} if family == "gpt2" else {"multi_query": False}
+        model = build_tiny(config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, **more))
+    else:
+        model = tiny_model(family)
+    model = model.to(torch.bfloat16)
+    expected, steps = StaticDecoder(model, 24, batch), 5
+    asked: list[list[int]] = []
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+        asked.append(lengths.tolist())
+        assert keys.shape[2] == 24 and all(t.is_contiguous() for t in (queries, keys, values, lengths))
+        return attend_reference(queries, keys, values, lengths, scale)
+
+    monkeypatch.setattr(graphs, "counts", lambda model: True)
+    monkeypatch.setattr(attention.decode_attention, "takes", lambda *sizes: True)
+    monkeypatch.setattr(attention.decode_attention, "attend", attend)
+    ours = StaticDecoder(model, 24, batch)
+    asked.clear()  # making one tries a step
+    torch.testing.assert_close(ours.prefill(prompt(7, batch)), expected.prefill(prompt(7, batch)))
+    assert not asked
+    for i in range(steps):
+        token = prompt(i + 1, batch)[:, -1]
+        torch.testing.assert_close(ours.step(token), expected.step(token), rtol=0.02, atol=0.02)
+    layers = model.config.num_hidden_layers
+    assert asked == [[8 + i] * batch for i in range(steps) for _ in range(layers)]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_who_is_counted(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models on a Hopper GPU with torch's attention that see every key, no others."""
+    monkeypatch.setattr(attention, "cuda_features", lambda device: attention._FEATURES)
+
+    def on_gpu(model: Any, **changes: Any) -> Any:
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        return model
+
+    assert not attention.counts(tiny_model("llama"))
+    assert attention.counts(on_gpu(tiny_model("llama"))) and attention.counts(on_gpu(tiny_model("mixtral")))
+    assert not attention.counts(on_gpu(tiny_model("mixtral"), sliding_window=16))
+    assert not attention.counts(on_gpu(tiny_model("llama"), _attn_implementation="eager"))
+    assert not attention.counts(on_gpu(tiny_model("falcon"))), "it does not ask for attention by name"
+    assert not attention.counts(on_gpu(tiny_model("llama"), layer_types=["full_attention", "sliding_attention"]))
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma3Text", "alibi"])

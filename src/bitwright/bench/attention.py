@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitwright.bench.elementwise import rope_cache_reference
+from bitwright.kernels.nvrtc import decode_attention
+from bitwright.kernels.problem import HOPPER, NVRTC, cuda_features
 
 _PROGRAMS = 128  # about as many as an H100 has SMs: more only add merging
 _BLOCK = 128  # keys a step
+_TAKES = {HOPPER, NVRTC}  # what the kernel in CUDA C++ needs
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,38 @@ class Workspace:
     """Scratch of `decode`, overwritten by every call: calls that share it must follow one another on one stream.
 
     partial float32 [B kv_heads splits, group, D], stats float32 [..., 2], counters int32 [B kv_heads], zero between
-    calls. Only a GPU uses them.
+    calls. Only a GPU uses them, and only without `config`: the kernel for Hopper, where it suits, needs none.
     """
 
     split: Split
+    config: decode_attention.Config | None
     partial: Tensor
     stats: Tensor
     counters: Tensor
 
 
 def workspace(
-    batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int, device: torch.device | str
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    rope: bool = True,
 ) -> Workspace:
     """Scratch for caches of `capacity` positions."""
+    device = torch.device(device)
     split = choose_split(batch, kv_heads, capacity)
-    slots = batch * heads * split.splits if split.splits > 1 else 0
+    config = None
+    if decode_attention.takes(heads, kv_heads, head_dim) and device.type == "cuda" and cuda_features(device) >= _TAKES:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        config = decode_attention.choose(batch, heads, kv_heads, head_dim, capacity, dtype, processors, rope=rope)
+        config = config if decode_attention.suits(config, capacity) else None
+    slots = batch * heads * split.splits if split.splits > 1 and config is None else 0
     return Workspace(
         split,
+        config,
         torch.empty(slots, head_dim, dtype=torch.float32, device=device),
         torch.empty(slots, 2, dtype=torch.float32, device=device),
         torch.zeros(batch * kv_heads, dtype=torch.int32, device=device),
@@ -81,6 +99,8 @@ def decode(
         from bitwright.bench import attention_kernels as kernels
 
         s = scratch
+        if s.config is not None:
+            return decode_attention.decode(qkv, cos, sin, positions, keys, values, s.config)
         return kernels.decode(
             qkv,
             cos,

@@ -262,7 +262,9 @@ def make_state(
         values,
         cos,
         sin,
-        attention.workspace(batch, shape.heads, shape.kv_heads, shape.head_dim, capacity, device),
+        attention.workspace(
+            batch, shape.heads, shape.kv_heads, shape.head_dim, capacity, device, dtype, rope=cos is not None
+        ),
     )
 
 

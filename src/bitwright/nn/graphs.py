@@ -21,7 +21,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bitwright.errors import BitwrightError
-from bitwright.nn.attention import NAME
+from bitwright.nn.attention import NAME, counted, counts
 from bitwright.nn.packed import PackedModule
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class StaticDecoder:
         self._short_mask = True
         self._names = frozenset(inspect.signature(model.forward).parameters)
         self._device = model.device
+        self._counts = counts(model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         with _plain_tensors():
             self._cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
@@ -157,7 +158,9 @@ class StaticDecoder:
         return output.logits[:, -1]
 
     def _one_step(self) -> Tensor:
-        logits = self._forward(self._tokens, self._mask, self._positions)
+        model, lengths = self._model(), (self._positions[:, 0] + 1).to(torch.int32)
+        with counted(model, lengths, self.length) if self._counts and self._short_mask else nullcontext():
+            logits = self._forward(self._tokens, self._mask, self._positions)
         self._positions.add_(1)
         return logits
 
@@ -181,7 +184,15 @@ class StaticDecoder:
             held = [int(layer.get_seq_length()) for layer in self._cache.layers]
             if set(held) != {2}:
                 raise Unsupported("it does not fill the cache that it is given")
-            self._one_step()
+            try:
+                self._one_step()
+            except RuntimeError as e:
+                if not self._counts or isinstance(e, torch.OutOfMemoryError):
+                    raise
+                logger.warning("attention of single queries is torch's: %s", _line(e))
+                self._counts = False
+                self._rewind(2)
+                self._one_step()
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as e:

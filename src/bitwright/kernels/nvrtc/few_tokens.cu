@@ -134,7 +134,7 @@ __device__ __forceinline__ void add_step(float (&sums)[SUMS], u32 stage) {
     for (int share = 0; share < SHARE; share++) {
         const int c = team * SHARE + share, at = warp / 4 * (4 * COLUMNS) + 4 * c + warp % 4;
         const Words words =
-            read_words(stage + TOKEN_BYTES + at * BLOCK_BYTES, stage + SECOND_AT + at * SECOND_BYTES);
+            read_words(stage + TOKEN_BYTES + at * BLOCK_BYTES + lane * LANE_BYTES, stage + SECOND_AT + at * SECOND_BYTES + lane * 4);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             // What a team takes begins with a group, or lies in one.
