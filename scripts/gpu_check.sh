@@ -39,13 +39,13 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
-tests_limit="${TESTS_LIMIT:-230}"
+tests_limit="${TESTS_LIMIT:-215}"
 timing_limit=15
 sanitizer_limit=25
 # Name, seconds, and arguments of `bitwright bench`.
 benchmarks=(
     "kernels 50 kernels --tokens 1,16,32,64,128,256,300,512,2048,8192 --scheme w4a16-g128 --peer dense --peer tinygemm"
-    "quik 45 kernels --shape 12288x4096 --shape 22016x4096 --shape 10240x8192 --shape 57344x8192 --tokens 1,2048,8192
+    "quik 60 kernels --shape 12288x4096 --shape 22016x4096 --shape 10240x8192 --shape 57344x8192 --tokens 1,2048,8192
         --scheme w4a4-o256 --scheme w8a8 --scheme w4a4-o256-24 --scheme w8a8-24 --peer dense"
     "blocks 30 prefill --model llama-2-70b --model llama-2-7b --layers 2 --prompt 1x2048
         --scheme w4a4-o256 --scheme w4a4-o256-24"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.bench import attention
-from bitwright.bench.elementwise import rope_tables
+from bitwright.kernels import attention
+from bitwright.kernels.elementwise import rope_tables
 
 Decode = Callable[..., Tensor]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.bench import attention
 from bitwright.bench.correctness import tiny
-from bitwright.bench.elementwise import add_norm, silu_mul
 from bitwright.bench.linears import PackedExperts
 from bitwright.bench.model import make_model, make_tables
 from bitwright.bench.routing import Outputs, Routing, combine, combine_norm, norm_route, route
 from bitwright.bench.shapes import models
+from bitwright.kernels import attention
+from bitwright.kernels.elementwise import add_norm, silu_mul
 from bitwright.scheme import Scheme
 
 BF16 = torch.bfloat16

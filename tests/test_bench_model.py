@@ -76,7 +76,7 @@ def test_attention_compiles_for_hopper(heads: int, kv: int, splits: int) -> None
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bitwright.bench.attention_kernels import _decode
+    from bitwright.kernels.triton.attention import _decode
 
     pointers = dict.fromkeys(("qkv", "keys", "values", "out"), "*bf16")
     pointers |= dict.fromkeys(("cos", "sin", "partial", "stats"), "*fp32")

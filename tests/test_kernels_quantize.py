@@ -80,7 +80,7 @@ def test_a_norm_in_front_is_that_of_llama(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("once", [False, True])
 def test_a_sum_and_its_norm_in_front(dtype: torch.dtype, once: bool) -> None:
-    from bitwright.bench.elementwise import add_norm
+    from bitwright.kernels.elementwise import add_norm
 
     x, *rest = cases.operands(Case(4, 90, 6, order="shuffled", clip=0.9, dtype=dtype, M=2))
     generator = torch.Generator().manual_seed(1)
@@ -97,7 +97,7 @@ def test_a_sum_and_its_norm_in_front(dtype: torch.dtype, once: bool) -> None:
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_a_gate_in_front(dtype: torch.dtype) -> None:
-    from bitwright.bench.elementwise import silu_mul
+    from bitwright.kernels.elementwise import silu_mul
 
     _, *rest = cases.operands(Case(8, 90, 6, order="ascending", dtype=dtype, M=3))
     x = torch.randn(3, 192, generator=torch.Generator().manual_seed(1)).to(dtype) * 3

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitwright.bench import attention, correctness, decode, dependent, fitting, mlp, model, prefill, throughput
+from bitwright.bench import correctness, decode, fitting, mlp, model, prefill, throughput
 from bitwright.bench.correctness import prompts, tiny
-from bitwright.bench.elementwise import rope_tables
 from bitwright.bench.linears import DenseExperts, PackedExperts, PackedLinear
 from bitwright.bench.model import Decoder, State, make_model, make_state, make_tables
 from bitwright.bench.shapes import models
 from bitwright.bench.timing import capture
+from bitwright.kernels import attention, dependent
+from bitwright.kernels.elementwise import rope_tables
 from bitwright.scheme import Scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -128,7 +128,7 @@ def test_tokens_are_sorted_by_expert(M: int, k: int, E: int, poison: None) -> No
 def test_settled_offsets_are_those_of_this_replay(kernel: Kernel, T: int) -> None:
     """Two products and an early starter between them, the second promised that the first waited for the offsets; those
     change from replay to replay, and all between is poisoned."""
-    from bitwright.bench.elementwise_kernels import relu
+    from bitwright.kernels.triton.elementwise import relu
 
     generator = torch.Generator("cuda").manual_seed(0)
     up, down = (random(N, K, 4, 128, True, torch.bfloat16, "cuda", 8) for N, K in ((6144, 2048), (2048, 6144)))

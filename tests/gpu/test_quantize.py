@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from bitwright.bench.elementwise import add_norm, silu_mul
 from bitwright.kernels import shared_input
+from bitwright.kernels.elementwise import add_norm, silu_mul
 from bitwright.kernels.shared_input import Codes, share
 from bitwright.kernels.split_ops import (
     add_rms_norm_quantize,

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bitwright.bench.elementwise import add_norm, relu, silu_mul
 from bitwright.bench.linears import DenseExperts, DenseLinear, PackedExperts, PackedLinear, RoundedLinear
 from bitwright.bench.routing import Outputs, Routing, combine_norm, norm_route, route
+from bitwright.kernels.elementwise import add_norm, relu, silu_mul
 
 _EPS = 1e-5
 

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitwright.bench import dependent
-from bitwright.bench.dependent import release, wait
-from bitwright.bench.elementwise_kernels import normalized
+from bitwright.kernels import dependent
+from bitwright.kernels.dependent import release, wait
+from bitwright.kernels.triton.elementwise import normalized
 
 _MAX_TOKENS = 64  # every program of the second launch reads all choices
 _MAX_ROUTER = 1 << 16  # numbers of a router, padded to powers of two, that the registers of one program hold

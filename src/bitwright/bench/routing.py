@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.bench.elementwise import add_norm, add_norm_reference
+from bitwright.kernels.elementwise import add_norm, add_norm_reference
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def combine_norm(
 ) -> tuple[Tensor, Tensor]:
     """`add_norm` of the tokens' sums over their experts (`combine`)."""
     if residual.is_cuda:
-        from bitwright.bench import elementwise_kernels as kernels
+        from bitwright.kernels.triton import elementwise as kernels
 
         routing = outputs.routing
         return kernels.add_norm(

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitwright.bench import dependent
-from bitwright.bench.dependent import release, wait
+from bitwright.kernels import dependent
+from bitwright.kernels.dependent import release, wait
 
 MAX_TOKENS = 1024  # of `route`: one program holds tokens x experts
 

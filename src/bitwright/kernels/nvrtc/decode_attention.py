@@ -100,7 +100,7 @@ def choose(
 
 
 def suits(config: Config, capacity: int) -> bool:
-    """Whether it is no slower than `bench.attention_kernels` at contexts up to `capacity`, by the same timings."""
+    """Whether it is no slower than `kernels.triton.attention` at contexts up to `capacity`, by the same timings."""
     return config.HEADS <= 2 or capacity <= _KEYS * config.SPLITS
 
 
@@ -113,7 +113,7 @@ def decode(
     values: Tensor,
     config: Config,
 ) -> Tensor:
-    """[B, heads, D] of queries, keys and values [B, (heads + 2 kv_heads) D]; see `bench.attention.decode`."""
+    """[B, heads, D] of queries, keys and values [B, (heads + 2 kv_heads) D]; see `kernels.attention.decode`."""
     tables = qkv if cos is None else cos, qkv if sin is None else sin
     return _launch(qkv, *tables, positions, keys, values, keys.shape[3] ** -0.5, config, dependent=True)
 

@@ -18,7 +18,7 @@ def add_norm(
     the dtype of residual before it is normalised.
     """
     if residual.is_cuda:
-        from bitwright.bench import elementwise_kernels as kernels
+        from bitwright.kernels.triton import elementwise as kernels
 
         return kernels.add_norm(x, residual, weight, bias, eps, center)
     return add_norm_reference(x, residual, weight, bias, eps, center)
@@ -34,7 +34,7 @@ def rope_cache(
     positions of S and beyond are dropped.
     """
     if qkv.is_cuda:
-        from bitwright.bench import elementwise_kernels as kernels
+        from bitwright.kernels.triton import elementwise as kernels
 
         return kernels.rope_cache(qkv, cos, sin, start, keys, values)
     return rope_cache_reference(qkv, cos, sin, start, keys, values)
@@ -43,7 +43,7 @@ def rope_cache(
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up [M, I] of gate_up [M, 2 I], the gate first."""
     if gate_up.is_cuda:
-        from bitwright.bench import elementwise_kernels as kernels
+        from bitwright.kernels.triton import elementwise as kernels
 
         return kernels.silu_mul(gate_up)
     return silu_mul_reference(gate_up)
@@ -52,7 +52,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def relu(x: Tensor) -> Tensor:
     """max(x, 0) of x contiguous, NaN where x is."""
     if x.is_cuda:
-        from bitwright.bench import elementwise_kernels as kernels
+        from bitwright.kernels.triton import elementwise as kernels
 
         return kernels.relu(x)
     return torch.relu(x)

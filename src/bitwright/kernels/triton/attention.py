@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitwright.bench import dependent
-from bitwright.bench.dependent import release, wait
+from bitwright.kernels import dependent
+from bitwright.kernels.dependent import release, wait
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bitwright.bench.elementwise import rope_cache_reference
+from bitwright.kernels.elementwise import rope_cache_reference
 from bitwright.kernels.nvrtc import decode_attention
 from bitwright.kernels.problem import HOPPER, NVRTC, cuda_features
 
@@ -96,7 +96,7 @@ def decode(
     softmax(q kᵀ / sqrt(D)) v in float32; probabilities of cached keys are rounded to the dtype of v.
     """
     if qkv.is_cuda:
-        from bitwright.bench import attention_kernels as kernels
+        from bitwright.kernels.triton import attention as kernels
 
         s = scratch
         if s.config is not None:

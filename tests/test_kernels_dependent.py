@@ -1,4 +1,4 @@
-"""Programmatic dependent launch of the kernels of `bench`: what they do before they wait, read in their PTX."""
+"""Programmatic dependent launch of the kernels between linears: what they do before they wait, read in their PTX."""
 
 from __future__ import annotations
 
@@ -84,24 +84,42 @@ OLD = {"positions", "cos", "sin", "keys", "values"}  # written in earlier steps,
 # module, kernel, its signature, constants, what it may read before it waits
 KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
     (
-        "elementwise",
+        "kernels.triton.elementwise",
         "_add_norm",
         NORM,
         dict(ADD=True, TOP=0, BT=1, CENTER=True, BIAS=True, BLOCK=4096),
         {"weight", "bias"},
     ),
-    ("elementwise", "_add_norm", NORM, dict(ADD=False, TOP=0, BT=1, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
-    ("elementwise", "_add_norm", NORM, dict(ADD=True, TOP=2, BT=2, CENTER=False, BIAS=False, BLOCK=4096), {"weight"}),
-    ("router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=True), {"weight", "router"}),
-    ("router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=False), {"weight", "router"}),
-    ("router", "_send", SEND, dict(E=8, TOP=2, BLOCK=4096, BC=32, BE=16), set()),
-    ("elementwise", "_rope_cache", ROPE, dict(HEADS=32, KV=8, HALF=64, ROPE=True, ROWS=8), set()),
-    ("elementwise", "_silu_mul", {"gate_up": "*bf16", "out": "*bf16", "I": "i32"}, dict(BLOCK=1024), set()),
-    ("elementwise", "_relu", {"x": "*bf16", "out": "*bf16", "count": "i32"}, dict(BLOCK=1024), set()),
-    ("attention", "_decode", DECODE, HEADS | dict(SPLITS=1), OLD),
-    ("attention", "_decode", DECODE, HEADS | dict(SPLITS=33), OLD),
-    ("routing", "_route", ROUTE, dict(E=8, TOP=2, BE=8, BM=16), set()),
-    ("routing", "_rows", ROWS, dict(E=8, BN=8, BK=512, BE=8), set()),
+    (
+        "kernels.triton.elementwise",
+        "_add_norm",
+        NORM,
+        dict(ADD=False, TOP=0, BT=1, CENTER=False, BIAS=False, BLOCK=4096),
+        {"weight"},
+    ),
+    (
+        "kernels.triton.elementwise",
+        "_add_norm",
+        NORM,
+        dict(ADD=True, TOP=2, BT=2, CENTER=False, BIAS=False, BLOCK=4096),
+        {"weight"},
+    ),
+    ("bench.router_kernels", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=True), {"weight", "router"}),
+    ("bench.router_kernels", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=False), {"weight", "router"}),
+    ("bench.router_kernels", "_send", SEND, dict(E=8, TOP=2, BLOCK=4096, BC=32, BE=16), set()),
+    ("kernels.triton.elementwise", "_rope_cache", ROPE, dict(HEADS=32, KV=8, HALF=64, ROPE=True, ROWS=8), set()),
+    (
+        "kernels.triton.elementwise",
+        "_silu_mul",
+        {"gate_up": "*bf16", "out": "*bf16", "I": "i32"},
+        dict(BLOCK=1024),
+        set(),
+    ),
+    ("kernels.triton.elementwise", "_relu", {"x": "*bf16", "out": "*bf16", "count": "i32"}, dict(BLOCK=1024), set()),
+    ("kernels.triton.attention", "_decode", DECODE, HEADS | dict(SPLITS=1), OLD),
+    ("kernels.triton.attention", "_decode", DECODE, HEADS | dict(SPLITS=33), OLD),
+    ("bench.routing_kernels", "_route", ROUTE, dict(E=8, TOP=2, BE=8, BM=16), set()),
+    ("bench.routing_kernels", "_rows", ROWS, dict(E=8, BN=8, BK=512, BE=8), set()),
 ]
 
 
@@ -112,7 +130,7 @@ def compiled(module: str, kernel: str, signature: dict[str, str], constants: dic
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn = getattr(import_module(f"bitwright.bench.{module}_kernels"), kernel)
+    fn = getattr(import_module(f"bitwright.{module}"), kernel)
     names = fn.arg_names
     constants = constants | {"PDL": pdl}
     assert set(names) == set(signature) | set(constants)
@@ -190,7 +208,7 @@ def test_a_read_that_comes_too_soon_is_found() -> None:
 
 
 def test_options_follow_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitwright.bench import dependent
+    from bitwright.kernels import dependent
 
     dependent.options.cache_clear()
     assert dependent.options(torch.device("cpu")) == {"PDL": False}
