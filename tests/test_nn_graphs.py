@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError
 from bitwright.nn import attention, graphs
+from bitwright.nn.constants import Constants
 from bitwright.nn.graphs import StaticDecoder, Unsupported, decoder, refuse
 
 transformers = pytest.importorskip("transformers")
@@ -284,7 +285,7 @@ def test_constants_are_made_once(tiny_model, new: bool) -> None:
             return function(*args, **(kwargs or {}))
 
     model = tiny_model("falcon", new_decoder_architecture=new, num_kv_heads=2)
-    steps, token, constants = StaticDecoder(model, 32), torch.tensor([3]), graphs.Constants()
+    steps, token, constants = StaticDecoder(model, 32), torch.tensor([3]), Constants()
     made = []
     for _ in range(2):
         steps.prefill(prompt(5))
@@ -299,7 +300,7 @@ def test_constants_are_made_once(tiny_model, new: bool) -> None:
 
 def test_constants_mean_what_they_did() -> None:
     x = torch.arange(24.0).view(2, 3, 4)
-    with graphs.Constants():
+    with Constants():
         for _ in range(2):
             assert torch.equal(x[[1, 0]], x.flip(0)) and torch.equal(x[..., [-2], :], x[:, 1:2])
             assert torch.equal(x[[True, False]], x[:1]) and torch.equal(x[:, 1, 2], torch.tensor([6.0, 18.0]))

@@ -180,6 +180,41 @@ def test_sampling_on_a_gpu(packed_folder) -> None:
     assert torch.equal(state, torch.cuda.get_rng_state())
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
+def test_models_like_llama_decode_by_fused_kernels(kind: str, tmp_path: Path) -> None:
+    import transformers as tf
+    from conftest import save_tokenizer
+
+    sizes = dict(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.05,
+    )  # fmt: skip
+    config = {
+        "llama": lambda: tf.LlamaConfig(**sizes, attention_bias=True),
+        "qwen3": lambda: tf.Qwen3Config(**sizes),
+        "mixtral": lambda: tf.MixtralConfig(**sizes, num_local_experts=4, sliding_window=None),
+    }[kind]()
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    bw.quantize(tmp_path / "source", tmp_path / "packed", scheme="w4a16-g128", algorithm="rtn")
+    model = load(tmp_path / "packed", dtype=torch.bfloat16, device="cuda")
+    q, k = (model.model.layers[1].self_attn.get_submodule(name) for name in ("q_proj", "k_proj"))
+    for batch in (1, 3):
+        ids = torch.randint(4, 500, (batch, 33), generator=torch.Generator().manual_seed(0)).cuda()
+        fused = decoder(model, 64, batch=batch)
+        plain = StaticDecoder(model, fused.length, batch=batch, graph=True)
+        assert fused.fused and fused.graphed and not plain.fused
+        assert q.packed.tensors[0].untyped_storage().data_ptr() == k.packed.tensors[0].untyped_storage().data_ptr()
+        assert decoder(model, 64, batch=batch) is fused, "kept, though weights have moved once"
+        tokens = fused.prefill(ids).argmax(dim=-1)
+        plain.prefill(ids)
+        for _ in range(20):
+            found, expected = fused.step(tokens).float(), plain.step(tokens).float()
+            assert (found - expected).norm() < 0.03 * expected.norm()
+            tokens = expected.argmax(dim=-1)
+
+
 def test_stacked_experts_are_the_loop(packed_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = packed_folder("mixtral")
     stacked = load(folder, dtype=torch.bfloat16, device="cuda")
@@ -201,7 +236,8 @@ def test_stacked_experts_are_the_loop(packed_folder, monkeypatch: pytest.MonkeyP
                 y, expected = a(x, index, weights), b(x, index, weights)
                 assert torch.equal(y, a(x, index, weights)), "sums have a fixed order"
             assert (y - expected).float().norm() <= 0.01 * expected.float().norm()
-    assert perplexity(stacked, folder) == pytest.approx(perplexity(loop, folder), rel=3e-3)
+    # Routers in 16 bits: a rounding sends some tokens to other experts, so no closer than to the CPU.
+    assert perplexity(stacked, folder) == pytest.approx(perplexity(loop, folder), rel=5e-3)
 
 
 def test_stacked_experts_do_not_wait(packed_folder) -> None:

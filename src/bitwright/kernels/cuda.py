@@ -8,13 +8,14 @@ it saves is the reading of weights, and that is spread over ever more tokens; `g
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from bitwright.kernels.fragments import BAND, COLUMNS, Fragments, dequantize_rows, pack
+from bitwright.kernels.fragments import BAND, COLUMNS, Fragments, dequantize_rows, join, pack
 from bitwright.kernels.ops import DEQUANTIZE, fragment_dequantize, fragment_linear
 from bitwright.kernels.problem import (
     GLUON,
@@ -24,6 +25,7 @@ from bitwright.kernels.problem import (
     NVRTC_MISSING,
     TRITON,
     Implementation,
+    PackedWeight,
     Problem,
 )
 from bitwright.qtensor import QuantizedTensor
@@ -43,9 +45,7 @@ class FragmentWeight(Implementation):
         self.shape, self.dtype = (problem.N, problem.K), problem.dtype
         self.fragments = fragments
         self.gemm_above = gemm_above(problem, self.NAME)
-        f = fragments
-        self._operands = (list(f.words), f.scale, f.zero)
-        self._numbers = (f.N, f.bits, f.group_size)
+        self._set_operands()
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
@@ -72,6 +72,18 @@ class FragmentWeight(Implementation):
             # Hopper kernels ask for weights before they wait for the launch before them: they must be there.
             torch.cuda.current_stream(fragments.scale.device).synchronize()
         return cls(problem, fragments)
+
+    def over(self, fragments: Fragments) -> Self:
+        """The same over other fragments, with as many columns, of the same kind and on the same device."""
+        weight = copy.copy(self)
+        weight.shape, weight.fragments = (fragments.N, fragments.K), fragments
+        weight._set_operands()
+        return weight
+
+    def _set_operands(self) -> None:
+        f = self.fragments
+        self._operands = (list(f.words), f.scale, f.zero)
+        self._numbers = (f.N, f.bits, f.group_size)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.linear(x, None)
@@ -148,6 +160,24 @@ class TritonWeight(FragmentWeight):
         if group_size != problem.K and group_size % 32:
             return f"takes groups of a multiple of 32 or the whole row, not of {group_size}"
         return None
+
+
+def one_after_the_other(weights: Sequence[PackedWeight]) -> tuple[FragmentWeight, list[FragmentWeight]] | None:
+    """(all rows of `weights` as one weight, the same weights over views of its words); None if they cannot be one.
+
+    That is for weights of one kernel and kind whose rows fill bands of 64, but for the last. Words are copied once, and
+    the old ones go with `weights`; scales are held twice from then on.
+    """
+    found = [w for w in weights if isinstance(w, FragmentWeight)]
+    if len(found) < len(weights) or len({(type(w), w.gemm_above, w.dtype) for w in found}) > 1:
+        return None
+    joined = join([w.fragments for w in found])
+    if joined is None:
+        return None
+    whole, parts = joined
+    if whole.scale.is_cuda:
+        torch.cuda.current_stream(whole.scale.device).synchronize()  # as in `prepare`
+    return found[0].over(whole), [w.over(f) for w, f in zip(found, parts, strict=True)]
 
 
 def gemm_above(problem: Problem, kernel: str) -> int | None:

@@ -32,7 +32,7 @@ of its rows for one group at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +126,29 @@ def pack(qt: QuantizedTensor, dtype: torch.dtype) -> Fragments:
     group_size = K if qt.scale.shape[1] == 1 else qt.scheme.group_size
     assert group_size is not None, "one group per row has group_size None"
     return Fragments(_pack(qt.codes, qt.scheme.bits), _per_group(scale, more), zero, N, K, qt.scheme.bits, group_size)
+
+
+def join(parts: Sequence[Fragments]) -> tuple[Fragments, list[Fragments]] | None:
+    """(the rows of all `parts` one after the other, the same parts over views of its words); None if there is no such.
+
+    There is one for weights of one width, group size, dtype and device, of as many columns, all with zero points or
+    none, whose rows fill their bands, but for the last.
+    """
+
+    def kind(f: Fragments) -> tuple[object, ...]:
+        scale = f.scale
+        return f.K, f.bits, f.group_size, f.zero is None, f.experts, scale.dtype, scale.device, scale.shape[0]
+
+    first = parts[0]
+    if first.experts is not None or len({kind(f) for f in parts}) > 1 or any(f.N % BAND for f in parts[:-1]):
+        return None
+    words = tuple(torch.cat(of_all) for of_all in zip(*(f.words for f in parts), strict=True))
+    scale = torch.cat([f.scale for f in parts], dim=1)
+    zeros = [f.zero for f in parts if f.zero is not None]
+    zero = torch.cat(zeros, dim=1) if zeros else None
+    whole = replace(first, words=words, scale=scale, zero=zero, N=sum(f.N for f in parts))
+    cut = [w.split([f.words[0].shape[0] for f in parts]) for w in words]
+    return whole, [replace(f, words=tuple(own)) for f, *own in zip(parts, *cut, strict=True)]
 
 
 def unpack(fragments: Fragments) -> Tensor:

@@ -65,16 +65,20 @@ def widen_single_queries(model: Any) -> bool:
 def counts(model: Any) -> bool:
     """Whether `counted` can be used for a transformers causal LM: a Hopper GPU, torch's attention, every key seen."""
     config = model.config.get_text_config(decoder=True)
-    layers = set(getattr(config, "layer_types", None) or ())
-    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return (
         model.device.type == "cuda"
         and cuda_features(model.device) >= _FEATURES
         and config._attn_implementation == "sdpa"
         and bool(getattr(model, "_supports_attention_backend", False))
-        and layers <= {"full_attention"}
-        and not slides
+        and sees_all(config)
     )
+
+
+def sees_all(config: Any) -> bool:
+    """Whether every layer of a transformers text config attends to all tokens before."""
+    layers = set(getattr(config, "layer_types", None) or ())
+    slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return layers <= {"full_attention"} and not slides
 
 
 @contextmanager

@@ -10,6 +10,9 @@ The cache is made of transformers' `StaticLayer` for every layer, those with a s
 masks what lies outside the window, and its own sliding layer counts in Python, which a graph cannot replay. Masks are
 transformers' own too, made in the step from the length on the device.
 
+Models built like Llama take that step by kernels that each do the work of several of torch's (`fused`), once these have
+given the same logits as transformers.
+
 What cannot be recorded (a step that waits for the device: experts run in a loop, rotary tables that depend on the
 length) runs step by step over the same cache, and says why. What cannot use such a cache at all is `Unsupported`.
 """
@@ -27,10 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bitwright.errors import BitwrightError
 from bitwright.nn.attention import NAME, counted, counts
+from bitwright.nn.constants import Constants
+from bitwright.nn.fused import Anatomy, FusedStep, Unknown, anatomy
 from bitwright.nn.packed import PackedModule
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,9 @@ BUCKET = 256  # cache lengths are multiples of this; also what attention kernels
 ATTENTION = ("sdpa", "eager", NAME)  # those that mask a cache longer than what it holds
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _KEPT = 2  # decoders per model: each holds a cache of its own
+# How far the fused step's logits may be from transformers', relative: what rounding to 16 bits explains.
+_FAR = 0.05
+_PROOF = 12  # tokens that it is proved with
 
 
 class Unsupported(Exception):
@@ -73,11 +80,14 @@ class StaticDecoder:
     them.
 
     graph: record the step as a CUDA graph (a CUDA model only). `graphed` tells whether that worked, `reason` why not.
+    parts: what the step is to be made of instead of transformers' modules; `fused` tells whether it is.
     Making one runs the model on a token or two, so kernels are compiled and errors come here: Unsupported. The model
     is not held; its weights must stay where they are (`decoder` sees to that).
     """
 
-    def __init__(self, model: Any, length: int, batch: int = 1, *, graph: bool = False) -> None:
+    def __init__(
+        self, model: Any, length: int, batch: int = 1, *, graph: bool = False, parts: Anatomy | None = None
+    ) -> None:
         from transformers.cache_utils import Cache, StaticLayer
 
         refusal = refuse(model)
@@ -101,7 +111,10 @@ class StaticDecoder:
             self._mask = torch.ones(batch, length, dtype=torch.long, device=self._device)
             self._graph: torch.cuda.CUDAGraph | None = None
             self._logits: Tensor | None = None
+            self._fused: FusedStep | None = None
             self._try()
+            if parts is not None:
+                self._fuse(parts)
             if graph:
                 self._record()
 
@@ -109,6 +122,11 @@ class StaticDecoder:
     def graphed(self) -> bool:
         """Whether a step is one replay of a CUDA graph."""
         return self._graph is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether the step is made of fused kernels."""
+        return self._fused is not None
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Forget everything, read prompts [batch, T] and return the logits [batch, V] of what follows.
@@ -158,6 +176,10 @@ class StaticDecoder:
         return output.logits[:, -1]
 
     def _one_step(self) -> Tensor:
+        if self._fused is not None:
+            logits = self._fused(self._tokens, self._positions)
+            self._positions.add_(1)
+            return logits
         model, lengths = self._model(), (self._positions[:, 0] + 1).to(torch.int32)
         with counted(model, lengths, self.length) if self._counts and self._short_mask else nullcontext():
             logits = self._forward(self._tokens, self._mask, self._positions)
@@ -199,6 +221,35 @@ class StaticDecoder:
             raise Unsupported(f"it fails with a static cache: {_line(e)}") from e
         self._rewind(2)
 
+    def _fuse(self, parts: Anatomy) -> None:
+        """Take the fused step from now on, if steps of it give what steps of transformers' modules give."""
+        ids = torch.randint(parts.vocabulary, (self.batch, _PROOF), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(self._device)[:, : self.length]
+        try:
+            expected = self._read(ids)
+            self._fused = FusedStep(parts, self._cache.layers, self.batch, self.length)
+            # Of most steps: in a few, a rounding may send a token to other experts.
+            distance = float(((self._read(ids) - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+            if not distance <= _FAR:
+                raise Unknown(f"its logits differ by {distance:.1%} from transformers'")
+        except torch.OutOfMemoryError:
+            raise
+        except (Unknown, BitwrightError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+            logger.warning("decoding by transformers' own modules: %s", _line(e))
+            self._fused = None
+        self._rewind(2)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Float32 logits [T - half, batch, V], less their means, of steps over the second half of ids [batch, T]."""
+        half = ids.shape[1] // 2
+        self.prefill(ids[:, :half])
+        logits = []
+        for t in range(half, ids.shape[1]):
+            self._tokens.copy_(ids[:, t, None])
+            logits.append(self._one_step().float())
+        found = torch.stack(logits)
+        return found - found.mean(dim=-1, keepdim=True)
+
     def _record(self) -> None:
         """The step as a CUDA graph, or `reason`."""
         if self._device.type != "cuda":
@@ -234,41 +285,12 @@ class StaticDecoder:
         self._rewind(2)
 
 
-class Constants(TorchFunctionMode):
-    """Within, numbers and lists that Python hands to torch become tensors once, and the same ones when they come again.
-
-    Made anew they are copied from the host, which cannot be recorded; `x[..., [-2], :]` does that in every attention
-    of Falcon. So a rehearsal makes them and the recording finds them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[str, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.__getitem__:
-            x, index = args
-            parts = index if isinstance(index, tuple) else (index,)
-            if any(map(_is_list_of_int, parts)):
-                parts = tuple(self._find([*i], {"device": x.device}) if _is_list_of_int(i) else i for i in parts)
-                return func(x, parts)
-        elif func is torch.tensor and len(args) == 1 and _is_plain(args[0]) and not kwargs.get("requires_grad"):
-            return self._find(args[0], kwargs).clone()  # what the caller may write to must not be the one kept
-        return func(*args, **kwargs)
-
-    def _find(self, data: Any, options: dict[str, Any]) -> Tensor:
-        key = f"{data!r} {sorted(options.items())!r}"
-        if key not in self._made:
-            self._made[key] = torch.tensor(data, **options)
-        return self._made[key]
-
-
 @dataclass
 class _Kept:
     """What is remembered of a model while it lives: decoders by their shape, and why there are none."""
 
     state: tuple[Any, ...]
+    parts: Anatomy | None = None
     decoders: dict[tuple[int, int, bool], StaticDecoder] = field(default_factory=dict)
     refusal: str | None = None
 
@@ -286,7 +308,8 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
     key = (max(1, -(-tokens // BUCKET)) * BUCKET, batch, graph)
     kept, state = _kept.get(model), _state(model)
     if kept is None or kept.state != state:
-        kept = _kept[model] = _Kept(state)
+        parts = _parts(model)
+        kept = _kept[model] = _Kept(_state(model), parts)  # weights that are joined have moved
     if kept.refusal is not None:
         raise Unsupported(kept.refusal)
     found = kept.decoders.pop(key, None)
@@ -296,11 +319,11 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
             kept.decoders.pop(next(iter(kept.decoders)))
         try:
             try:
-                found = StaticDecoder(model, key[0], batch, graph=graph)
+                found = StaticDecoder(model, key[0], batch, graph=graph, parts=kept.parts)
             except torch.OutOfMemoryError:
                 kept.decoders.clear()  # their caches and graphs may be what is in the way
                 torch.cuda.empty_cache()
-                found = StaticDecoder(model, key[0], batch, graph=graph)
+                found = StaticDecoder(model, key[0], batch, graph=graph, parts=kept.parts)
         except Unsupported as e:
             kept.refusal = str(e)
             logger.warning("%s decodes with transformers' own loop: %s", type(model).__name__, e)
@@ -311,20 +334,22 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
     return found
 
 
+def _parts(model: Any) -> Anatomy | None:
+    """What a fused step of the model is made of, None where there is none: kernels for it run on one GPU."""
+    if model.device.type != "cuda" or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return None
+    try:
+        return anatomy(model)
+    except Unknown as e:
+        logger.info("%s decodes by transformers' own modules: %s", type(model).__name__, e)
+        return None
+
+
 def _state(model: Any) -> tuple[Any, ...]:
     """Equal as long as a recorded step is still that of the model: its tensors and how it attends."""
     tensors = (*model.parameters(), *model.buffers())
     packed = (t.data_ptr() for m in model.modules() if isinstance(m, PackedModule) for t in m.packed.tensors)
     return (model.config.get_text_config(decoder=True)._attn_implementation, *(t.data_ptr() for t in tensors), *packed)
-
-
-def _is_plain(data: Any) -> bool:
-    """Numbers, or lists of them: what its text tells apart from all else."""
-    return isinstance(data, bool | int | float) or (isinstance(data, list | tuple) and all(map(_is_plain, data)))
-
-
-def _is_list_of_int(index: Any) -> bool:
-    return isinstance(index, list) and bool(index) and all(type(i) is int for i in index)
 
 
 @contextmanager
