@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.bench import router_kernels, routing, routing_kernels
-from bitwright.bench.routing import Outputs, Routing
-from bitwright.kernels import attention, elementwise
+from bitwright.kernels import attention, elementwise, routing
+from bitwright.kernels.routing import Outputs, Routing
 from bitwright.kernels.triton import attention as attention_kernels
 from bitwright.kernels.triton import elementwise as elementwise_kernels
+from bitwright.kernels.triton import route as routing_kernels
+from bitwright.kernels.triton import router as router_kernels
 
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one rounding
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from bitwright.bench.correctness import tiny
 from bitwright.bench.linears import PackedExperts
 from bitwright.bench.model import make_model, make_tables
-from bitwright.bench.routing import Outputs, Routing, combine, combine_norm, norm_route, route
 from bitwright.bench.shapes import models
 from bitwright.kernels import attention
 from bitwright.kernels.elementwise import add_norm, silu_mul
+from bitwright.kernels.routing import Outputs, Routing, combine, combine_norm, norm_route, route
 from bitwright.scheme import Scheme
 
 BF16 = torch.bfloat16

@@ -104,9 +104,9 @@ KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
         dict(ADD=True, TOP=2, BT=2, CENTER=False, BIAS=False, BLOCK=4096),
         {"weight"},
     ),
-    ("bench.router_kernels", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=True), {"weight", "router"}),
-    ("bench.router_kernels", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=False), {"weight", "router"}),
-    ("bench.router_kernels", "_send", SEND, dict(E=8, TOP=2, BLOCK=4096, BC=32, BE=16), set()),
+    ("kernels.triton.router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=True), {"weight", "router"}),
+    ("kernels.triton.router", "_norm_choose", CHOOSE, ROUTER | dict(ALONE=False), {"weight", "router"}),
+    ("kernels.triton.router", "_send", SEND, dict(E=8, TOP=2, BLOCK=4096, BC=32, BE=16), set()),
     ("kernels.triton.elementwise", "_rope_cache", ROPE, dict(HEADS=32, KV=8, HALF=64, ROPE=True, ROWS=8), set()),
     (
         "kernels.triton.elementwise",
@@ -118,8 +118,8 @@ KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any], set[str]]] = [
     ("kernels.triton.elementwise", "_relu", {"x": "*bf16", "out": "*bf16", "count": "i32"}, dict(BLOCK=1024), set()),
     ("kernels.triton.attention", "_decode", DECODE, HEADS | dict(SPLITS=1), OLD),
     ("kernels.triton.attention", "_decode", DECODE, HEADS | dict(SPLITS=33), OLD),
-    ("bench.routing_kernels", "_route", ROUTE, dict(E=8, TOP=2, BE=8, BM=16), set()),
-    ("bench.routing_kernels", "_rows", ROWS, dict(E=8, BN=8, BK=512, BE=8), set()),
+    ("kernels.triton.route", "_route", ROUTE, dict(E=8, TOP=2, BE=8, BM=16), set()),
+    ("kernels.triton.route", "_rows", ROWS, dict(E=8, BN=8, BK=512, BE=8), set()),
 ]
 
 

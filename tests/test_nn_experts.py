@@ -205,7 +205,7 @@ def test_a_stack_runs_by_the_kernel_of_its_experts(tiny_model, monkeypatch: pyte
     from bitwright.nn import experts as module
 
     product, called = module.fragment_experts, []
-    monkeypatch.setattr(module, "fragment_experts", lambda *a: called.append(a[-1]) or product(*a))
+    monkeypatch.setattr(module, "fragment_experts", lambda *a: called.append(a[-2]) or product(*a))
     experts, fused = experts_of(tiny_model("mixtral"), kind=HopperWeight)
     experts.stack()
     x, index, weights = routed(7, 4, 2)

@@ -14,10 +14,15 @@ from conftest import save_tokenizer
 from torch import Tensor, nn
 
 import bitwright as bw
+from bitwright.algorithms.rtn import rtn
 from bitwright.kernels import fragments
 from bitwright.kernels.cuda import GluonWeight, HopperWeight, TritonWeight, one_after_the_other
+from bitwright.kernels.dispatch import Choice
 from bitwright.kernels.problem import Problem
-from bitwright.nn.fused import Unknown, anatomy, together
+from bitwright.models.discover import discover
+from bitwright.models.experts import unfuse
+from bitwright.nn.experts import QuantExperts
+from bitwright.nn.fused import Experts, Unknown, anatomy, together
 from bitwright.nn.graphs import StaticDecoder
 from bitwright.nn.linear import QuantLinear
 from bitwright.nn.load import load
@@ -82,6 +87,46 @@ def test_a_quantized_model(tmp_path: Path) -> None:
     assert fused.fused
     expected = decode(StaticDecoder(model, 64), ids, 20)
     torch.testing.assert_close(decode(fused, ids, 20), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("how", ["stacks", "gap", "weights that do not sum to one"])
+def test_experts_in_stacks(name: str, how: str) -> None:
+    config = MODELS["mixtral"]()
+    if name == "qwen3-moe":
+        norm = how != "weights that do not sum to one"
+        sizes = dict(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, norm_topk_prob=norm)
+        config = tf.Qwen3MoeConfig(**SIZES, **sizes, experts_implementation="eager")
+    elif how == "stacks":
+        config.intermediate_size = 128  # whole bands; 96 are not
+    model = model_of(config)
+    for layer in model.model.layers:
+        layer.mlp.experts = stacked(model, layer)
+    parts = anatomy(model)
+    taken = {isinstance(block.mlp, Experts) for block in parts.blocks}
+    assert taken == {how == "stacks" or (name, how) == ("qwen3-moe", "gap")}
+    ids = torch.randint(2, 160, (2, 5), generator=torch.Generator().manual_seed(1))
+    fused = StaticDecoder(model, 64, batch=2, parts=parts)
+    assert fused.fused
+    expected = decode(StaticDecoder(model, 64, batch=2), ids, 20)
+    torch.testing.assert_close(decode(fused, ids, 20), expected, rtol=1e-3, atol=1e-3)
+
+
+def stacked(model: Any, layer: Any) -> QuantExperts:
+    """The experts of a layer at 8 bits, as stacks of fragments in float32."""
+    block = next(b for b in discover(model).blocks if model.get_submodule(b.name) is layer)
+    experts = QuantExperts.adopt(unfuse(layer, block.experts[0]))
+    scheme = Scheme.parse("w8a16")
+    for e in range(experts.num_experts):
+        one = experts.get_submodule(str(e))
+        for leaf, linear in list(one.named_children()):
+            qt = rtn(linear.weight.detach(), scheme.weight)
+            problem = Problem.of(qt, scheme, torch.float32, "cpu", frozenset())
+            weight = TritonWeight(problem, fragments.pack(qt, torch.float32))
+            setattr(one, leaf, QuantLinear(weight, scheme, Choice(TritonWeight, "for a test")))
+    experts.stack()
+    assert experts.unstacked is None
+    return experts
 
 
 # --- models without one

@@ -137,7 +137,7 @@ class DenseExperts:
 
     def __call__(self, x: Tensor, offsets: Tensor) -> Tensor:
         if self.method == "rows":
-            from bitwright.bench.routing_kernels import rows
+            from bitwright.kernels.triton.route import rows
 
             return rows(x, offsets, self.weight)
         return grouped_mm(x, self.weight.transpose(-2, -1), offs=offsets[1:])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bitwright.bench.linears import DenseExperts, DenseLinear, PackedExperts, PackedLinear, RoundedLinear
-from bitwright.bench.routing import Outputs, Routing, combine_norm, norm_route, route
 from bitwright.kernels.elementwise import add_norm, relu, silu_mul
+from bitwright.kernels.routing import Outputs, Routing, combine_norm, norm_route, route
 
 _EPS = 1e-5
 

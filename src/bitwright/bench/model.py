@@ -22,12 +22,12 @@ from torch.nn.functional import embedding
 
 from bitwright.bench.linears import Maker
 from bitwright.bench.mlp import Experts, Linear, Mlp, MoE, Norm
-from bitwright.bench.routing import Outputs
 from bitwright.bench.schemes import linear_scheme
 from bitwright.bench.shapes import ModelShape
 from bitwright.errors import BitwrightError
 from bitwright.kernels import attention
 from bitwright.kernels.elementwise import rope_cache, rope_tables
+from bitwright.kernels.routing import Outputs
 from bitwright.scheme import Scheme
 
 _ROPE_BASE = 10000.0

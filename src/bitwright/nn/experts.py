@@ -79,6 +79,14 @@ class QuantExperts(UnfusedExperts):
             output.index_add_(0, token, y.to(output.dtype))
         return output
 
+    @property
+    def gated_stacks(self) -> tuple[ExpertStack, ExpertStack] | None:
+        """(gate and up as one, down) of stacks that give silu(gate) * up side by side, with nothing between."""
+        plain = type(self.original.act_fn).__name__ in ("SiLUActivation", "SiLU")
+        if self.unstacked is not None or self._gate is None or self._inner != self._up_at or not plain:
+            return None
+        return self.get_submodule(GATE_UP), self.get_submodule(DOWN)
+
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, " + ("grouped" if self.unstacked is None else "one after the other")
 
@@ -168,9 +176,12 @@ class ExpertStack(PackedModule):
         super().__init__(packed, scheme, Choice(choice.implementation, reason))
         self._operands = (list(f.words), f.scale, f.zero, f.N, f.bits, f.group_size, packed.kernel)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [T, K] sorted by expert, offsets int32 [E + 1] -> [T, N]; rows from offsets[E] on are unspecified."""
-        y: Tensor = fragment_experts(x, offsets, *self._operands)
+    def forward(self, x: Tensor, offsets: Tensor, settled: bool = False) -> Tensor:
+        """x [T, K] sorted by expert, offsets int32 [E + 1] -> [T, N]; rows from offsets[E] on are unspecified.
+
+        settled: the offsets are those of an earlier call, see `ops.fragment_experts`.
+        """
+        y: Tensor = fragment_experts(x, offsets, *self._operands, settled)
         return y
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 Between the linears of a block transformers starts some forty kernels of a few microseconds each, which is as long as
 4-bit linears take. Here a block is: a norm (with the sum before it), one linear for q, k and v, attention that also
 rotates and writes the cache, the output linear, a norm, one linear for gate and up, their product, the last linear.
+Of experts in stacks the second norm chooses, too, and the next one adds up what they gave.
 
 What a model is built of is read from the names of its modules (`anatomy`). Names prove nothing: `graphs` takes a step
 only after it has given the logits of transformers' own.
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from bitwright.kernels import attention
 from bitwright.kernels.cuda import one_after_the_other
 from bitwright.kernels.elementwise import add_norm, silu_mul
+from bitwright.kernels.routing import Outputs, combine_norm, norm_route
 from bitwright.nn.attention import sees_all
+from bitwright.nn.experts import ExpertStack, QuantExperts
 from bitwright.nn.linear import QuantLinear
 
 Linear = Callable[[Tensor], Tensor]
@@ -44,25 +47,55 @@ class Norm:
     weight: Tensor
     eps: float
 
-    def __call__(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of residual + x, residual + x)."""
-        return add_norm(x, residual, self.weight, None, self.eps, False)
+    def __call__(self, x: Tensor | Outputs | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of residual + x, residual + x); what experts gave is summed first."""
+        if isinstance(x, Outputs):
+            return combine_norm(x, residual, *self.values)
+        return add_norm(x, residual, *self.values)
 
     def of_heads(self, x: Tensor) -> Tensor:
         """Every head of x [B, heads D] by itself, for a weight [D]."""
         return self(None, x.reshape(-1, len(self.weight)))[0].view(x.shape)
 
+    @property
+    def values(self) -> tuple[Tensor, None, float, bool]:
+        """As the kernels take them: weight, no bias, eps, not centered."""
+        return self.weight, None, self.eps, False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts in stacks and their router [E, H]: of each token the `top_k` best, weighted by a softmax over them."""
+
+    router: Tensor
+    top_k: int
+    up: ExpertStack
+    down: ExpertStack
+
+    def __call__(self, norm: Norm, x: Tensor, residual: Tensor) -> tuple[Outputs, Tensor]:
+        """(what they make of the norm of residual + x, not summed yet, residual + x)."""
+        rows, residual, routing = norm_route(x, residual, *norm.values, self.router, self.top_k)
+        inner = silu_mul(self.up(rows, routing.offsets))
+        return Outputs(self.down(inner, routing.offsets, settled=True), routing), residual
+
 
 @dataclass(frozen=True)
 class Block:
-    """qkv: [B, H] -> [B, (heads + 2 kv_heads) D]; mlp: [B, H] -> [B, H]; head_norms: of queries and of keys."""
+    """qkv: [B, H] -> [B, (heads + 2 kv_heads) D]; head_norms: of queries and of keys; mlp: [B, H] -> [B, H]."""
 
     norm: Norm
     qkv: Linear
     head_norms: tuple[Norm, Norm] | None
     o: Linear
     mlp_norm: Norm
-    mlp: Linear
+    mlp: Linear | Experts
+
+    def behind_attention(self, x: Tensor, residual: Tensor) -> tuple[Tensor | Outputs, Tensor]:
+        """(what the MLP makes of the norm of residual + x, residual + x)."""
+        if isinstance(self.mlp, Experts):
+            return self.mlp(self.mlp_norm, x, residual)
+        y, residual = self.mlp_norm(x, residual)
+        return self.mlp(y), residual
 
 
 @dataclass(frozen=True)
@@ -114,13 +147,12 @@ class FusedStep:
         # Before the embedding, a plain launch: attention reads them while the kernel before it still runs.
         where = positions[:, 0].to(torch.int32)
         h = a.embedding(tokens).view(len(tokens), -1)
-        x = None
+        x: Tensor | Outputs | None = None
         for block, (keys, values) in zip(a.blocks, self._caches, strict=True):
             y, h = block.norm(x, h)
             qkv = self._heads_normed(block, block.qkv(y))
             y = attention.decode(qkv, self._cos, self._sin, where, keys, values, self._scratch)
-            y, h = block.mlp_norm(block.o(y.view(len(tokens), -1)), h)
-            x = block.mlp(y)
+            x, h = block.behind_attention(block.o(y.view(len(tokens), -1)), h)
         logits: Tensor = a.head(a.norm(x, h)[0])
         return logits
 
@@ -198,10 +230,12 @@ def _block(layer: Any) -> Block:
     )
 
 
-def _mlp(mlp: Any) -> Linear:
+def _mlp(mlp: Any) -> Linear | Experts:
     if _children(mlp) == set(_GATED) and "SiLU" in type(mlp.act_fn).__name__:
         gate_up, down = together([mlp.gate_proj, mlp.up_proj]), mlp.down_proj
         return lambda x: down(silu_mul(gate_up(x)))
+    if _children(mlp) == {"gate", "experts"} and (found := _experts(mlp.gate, mlp.experts)) is not None:
+        return found
 
     def plain(x: Tensor) -> Tensor:
         y = mlp(x[:, None])
@@ -209,6 +243,15 @@ def _mlp(mlp: Any) -> Linear:
         return y.view(x.shape)
 
     return plain
+
+
+def _experts(router: Any, experts: nn.Module) -> Experts | None:
+    stacks = experts.gated_stacks if isinstance(experts, QuantExperts) else None
+    weight, top_k = getattr(router, "weight", None), getattr(router, "top_k", None)
+    normalized = getattr(router, "norm_topk_prob", True)
+    if stacks is None or weight is None or top_k is None or not normalized or getattr(router, "bias", None) is not None:
+        return None
+    return Experts(weight, top_k, *stacks) if weight.dtype == stacks[0].packed.dtype else None
 
 
 def _norm(module: Any) -> Norm:

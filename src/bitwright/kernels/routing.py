@@ -51,7 +51,7 @@ def norm_route(
     router [E, H], in the dtype of x. Its logits are summed in float32 and rounded once.
     """
     if x.is_cuda:
-        from bitwright.bench import router_kernels as kernels
+        from bitwright.kernels.triton import router as kernels
 
         if kernels.takes(x.shape[0], *router.shape):
             rows, total, sent = kernels.norm_route(x, residual, weight, bias, eps, center, router, top_k)
@@ -78,7 +78,7 @@ def combine_norm(
 def route(logits: Tensor, top_k: int) -> Routing:
     """The top_k best of the router's logits [M, E], their weights a softmax over the chosen; ties: the lower expert."""
     if logits.is_cuda:
-        from bitwright.bench import routing_kernels as kernels
+        from bitwright.kernels.triton import route as kernels
 
         if logits.shape[0] <= kernels.MAX_TOKENS:
             return Routing(*kernels.route(logits, top_k))
