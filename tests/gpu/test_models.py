@@ -180,8 +180,8 @@ def test_sampling_on_a_gpu(packed_folder) -> None:
     assert torch.equal(state, torch.cuda.get_rng_state())
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
-def test_models_like_llama_decode_by_fused_kernels(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral", "opt"])
+def test_models_like_llama_or_opt_decode_by_fused_kernels(kind: str, tmp_path: Path) -> None:
     import transformers as tf
     from conftest import save_tokenizer
 
@@ -193,13 +193,25 @@ def test_models_like_llama_decode_by_fused_kernels(kind: str, tmp_path: Path) ->
         "llama": lambda: tf.LlamaConfig(**sizes, attention_bias=True),
         "qwen3": lambda: tf.Qwen3Config(**sizes),
         "mixtral": lambda: tf.MixtralConfig(**sizes, num_local_experts=4, sliding_window=None),
+        "opt": lambda: tf.OPTConfig(
+            vocab_size=512,
+            hidden_size=512,
+            word_embed_proj_dim=512,
+            ffn_dim=2048,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            init_std=0.05,
+        ),
     }[kind]()
     torch.manual_seed(0)
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
     save_tokenizer(tmp_path / "source")
     bw.quantize(tmp_path / "source", tmp_path / "packed", scheme="w4a16-g128", algorithm="rtn")
     model = load(tmp_path / "packed", dtype=torch.bfloat16, device="cuda")
-    q, k = (model.model.layers[1].self_attn.get_submodule(name) for name in ("q_proj", "k_proj"))
+    q, k = (
+        getattr(model.model, "decoder", model.model).layers[1].self_attn.get_submodule(name)
+        for name in ("q_proj", "k_proj")
+    )
     for batch in (1, 3):
         ids = torch.randint(4, 500, (batch, 33), generator=torch.Generator().manual_seed(0)).cuda()
         fused = decoder(model, 64, batch=batch)

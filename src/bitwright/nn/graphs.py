@@ -10,8 +10,8 @@ The cache is made of transformers' `StaticLayer` for every layer, those with a s
 masks what lies outside the window, and its own sliding layer counts in Python, which a graph cannot replay. Masks are
 transformers' own too, made in the step from the length on the device.
 
-Models built like Llama take that step by kernels that each do the work of several of torch's (`fused`), once these have
-given the same logits as transformers.
+Models built like Llama or OPT take that step by kernels that each do the work of several of torch's (`fused`), once
+these have given the same as transformers.
 
 What cannot be recorded (a step that waits for the device: experts run in a loop, rotary tables that depend on the
 length) runs step by step over the same cache, and says why. What cannot use such a cache at all is `Unsupported`.
@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
+from bitwright.nn.anatomy import anatomy
 from bitwright.nn.attention import NAME, counted, counts
 from bitwright.nn.constants import Constants
-from bitwright.nn.fused import Anatomy, FusedStep, Unknown, anatomy
+from bitwright.nn.fused import Anatomy, FusedStep, Unknown
 from bitwright.nn.packed import PackedModule
 
 logger = logging.getLogger(__name__)
