@@ -1,4 +1,4 @@
-"""Cases for the Triton kernels of `bench`, each compared with its plain twin.
+"""Cases for the Triton kernels between linears, each compared with its plain twin.
 
 `test_bench_model.py` runs them in Triton's interpreter on a CPU (in a process of its own),
 `gpu/test_bench_model_cuda.py` on a GPU. The interpreter knows no bfloat16 products, so it is asked for float16 alone.

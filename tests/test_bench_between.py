@@ -1,4 +1,4 @@
-"""What stands between the linears of a benchmark's model: routing, norms, gates, attention."""
+"""What stands between the linears of a decoding model: routing, norms, gates, attention."""
 
 from __future__ import annotations
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.algorithms.rtn import rtn
-from bitwright.kernels import fragments
+from bitwright.kernels import attention, fragments
 from bitwright.kernels.cuda import GluonWeight, HopperWeight, TritonWeight, one_after_the_other
 from bitwright.kernels.dispatch import Choice
 from bitwright.kernels.problem import Problem
 from bitwright.models.discover import discover
 from bitwright.models.experts import unfuse
+from bitwright.nn import graphs
 from bitwright.nn.anatomy import anatomy, together
 from bitwright.nn.experts import QuantExperts
 from bitwright.nn.fused import Experts, Unknown
@@ -37,6 +38,10 @@ SIZES = dict(
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
+)  # fmt: skip
+FAR = dict(
+    rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0,
+    mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.5,
 )  # fmt: skip
 DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
@@ -164,6 +169,7 @@ def test_models_built_otherwise(fixture_model: Callable[[str], Path]) -> None:
         (lambda: tf.Olmo2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}), "its blocks are made of"),
         (lambda: tf.LlamaConfig(**(SIZES | dict(head_dim=24))), "of 24 numbers"),
         (lambda: tf.GraniteConfig(**SIZES, attention_multiplier=0.5), "scales by 0.5"),
+        (lambda: tf.GraniteConfig(**SIZES, attention_multiplier=0.25, logits_scaling=2.0), "asks for logits_scaling"),
         (lambda: opt(do_layer_norm_before=False), "other names than those of Llama and OPT"),
         (lambda: opt(layer_norm_elementwise_affine=False), "is no LayerNorm with weight"),
     ],
@@ -175,25 +181,96 @@ def test_what_no_kernel_takes(config: Callable[[], Any], why: str) -> None:
 
 def test_hooks_would_not_be_called() -> None:
     model = model_of(MODELS["llama"]())
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    with pytest.raises(Unknown, match=r"hooks on layers\.1\.mlp"):
+    model(torch.tensor([[3, 4]]))
+    anatomy(model)
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(Unknown, match=r"hooks on model\.layers\.1\.mlp"):
+        anatomy(model)
+    handle.remove()
+    mlp.forward = mlp.forward  # what accelerate does
+    with pytest.raises(Unknown, match=r"hooks on model\.layers\.1\.mlp"):
         anatomy(model)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        lambda: tf.GemmaConfig(**SIZES, hidden_activation="silu"),  # norms of 1 + weight
-        lambda: tf.GraniteConfig(**SIZES, attention_multiplier=0.25, residual_multiplier=0.5),
-    ],
-)
-def test_what_names_do_not_tell_the_logits_do(config: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
-    model = model_of(config())
-    with caplog.at_level(logging.WARNING):
+OTHERS: dict[str, Callable[[], Any]] = {
+    "gemma": lambda: tf.GemmaConfig(**SIZES, hidden_activation="silu"),  # norms of 1 + weight
+    "granite": lambda: tf.GraniteConfig(**SIZES, attention_multiplier=0.25, residual_multiplier=0.5),
+    "ministral3": lambda: tf.Ministral3Config(**SIZES, sliding_window=None, rope_parameters=FAR),  # from position 32 on
+    "smollm3": lambda: tf.SmolLM3Config(**SIZES, no_rope_layers=[1, 1, 0], use_sliding_window=False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_names_do_not_tell_the_logits_do(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(OTHERS[name]())
+    if name != "gemma":
+        with pytest.raises(Unknown, match="it asks for"):
+            anatomy(model)
+        monkeypatch.setattr("bitwright.nn.anatomy._extras", lambda config: [])
+    with caplog.at_level(logging.INFO):
         decoder = StaticDecoder(model, 64, parts=anatomy(model))
     assert not decoder.fused and "its logits or its cache differ" in caplog.text
     ids = torch.randint(2, 160, (1, 5), generator=torch.Generator().manual_seed(1))
     assert torch.equal(decode(decoder, ids, 5), decode(StaticDecoder(model, 64), ids, 5))
+
+
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_one_wrong_sequence_is_seen(sequence: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.decode
+
+    def wrong(*given: Any) -> Tensor:
+        y = right(*given).clone()
+        y[sequence] = 0.0
+        return y
+
+    monkeypatch.setattr(attention, "decode", wrong)
+    model = model_of(MODELS["llama"]())
+    assert not StaticDecoder(model, 64, batch=2, parts=anatomy(model)).fused
+
+
+def test_whatever_a_kernel_raises_transformers_modules_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        """As Triton's, no RuntimeError."""
+
+    def fail(*given: Any) -> Tensor:
+        raise OutOfResources
+
+    monkeypatch.setattr(attention, "decode", fail)
+    model = model_of(MODELS["llama"]())
+    assert not StaticDecoder(model, 64, parts=anatomy(model)).fused
+
+
+def test_decoders_of_a_model_share_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def parts(model: Any) -> Any:
+        made.append(anatomy(model))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "_parts", parts)
+    model = model_of(MODELS["llama"]())
+    first = graphs.decoder(model, 60)
+    assert first.fused and graphs.decoder(model, 60) is first and graphs.decoder(model, 600).fused
+    assert len(made) == 1
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
+    assert graphs.decoder(model, 60).fused and len(made) == 2, "another head, another step"
+    other = model_of(OTHERS["gemma"]())
+    assert not graphs.decoder(other, 60).fused and not graphs.decoder(other, 600).fused
+    assert len(made) == 3 and graphs._kept[other].parts is None, "refused once"
+
+
+def test_other_modules_under_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "cuda_features", lambda device: {"triton"})
+    model = model_of(MODELS["llama"]())
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert graphs._parts(model) is not None
+    del model.model.layers[1].self_attn.scaling
+    assert graphs._parts(model) is None
+    monkeypatch.setattr(graphs, "cuda_features", lambda device: set())
+    assert graphs._parts(model_of(MODELS["llama"]())) is None
 
 
 @pytest.mark.parametrize(
@@ -237,7 +314,12 @@ def test_joined_linears_give_what_each_gives(rows: tuple[int, ...], how: dict[st
     for m, old in zip(linears, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(m.packed.tensors, old, strict=True))
     words = [m.packed.fragments.words[0] for m in linears]
-    assert len({w.untyped_storage().data_ptr() for w in words}) == 1, "held once"
+    assert torch.equal(together(linears)(x), expected)
+    again = [m.packed.fragments.words[0] for m in linears]
+    assert [w.data_ptr() for w in again] == [w.data_ptr() for w in words], "what was joined stays where it is"
+    whole, _ = one_after_the_other([m.packed for m in linears])
+    held = {w.untyped_storage().data_ptr() for w in (*words, whole.fragments.words[0])}
+    assert len(held) == 1, "held once"
     assert all(w.is_contiguous() for w in words)
 
 

@@ -111,7 +111,7 @@ def test_single_queries_by_a_kernel(tiny_model, monkeypatch: pytest.MonkeyPatch,
 
 def test_who_is_counted(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models on a Hopper GPU with torch's attention that see every key, no others."""
-    monkeypatch.setattr(attention, "cuda_features", lambda device: attention._FEATURES)
+    monkeypatch.setattr(attention, "cuda_features", lambda device: attention.decode_attention.FEATURES)
 
     def on_gpu(model: Any, **changes: Any) -> Any:
         for name, value in changes.items():

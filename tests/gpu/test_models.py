@@ -20,7 +20,9 @@ from bitwright.evaluate.perplexity import LogitSource, window_nll
 from bitwright.kernels.problem import GLUON, HOPPER, NVRTC, cuda_features
 from bitwright.models.source import resolve
 from bitwright.nn import experts
+from bitwright.nn.anatomy import anatomy
 from bitwright.nn.experts import ExpertStack, QuantExperts
+from bitwright.nn.fused import Experts
 from bitwright.nn.graphs import BUCKET, StaticDecoder, decoder
 from bitwright.nn.linear import QuantLinear
 from bitwright.nn.load import explain, load
@@ -217,6 +219,7 @@ def test_models_like_llama_or_opt_decode_by_fused_kernels(kind: str, tmp_path: P
         fused = decoder(model, 64, batch=batch)
         plain = StaticDecoder(model, fused.length, batch=batch, graph=True)
         assert fused.fused and fused.graphed and not plain.fused
+        assert all(isinstance(b.mlp, Experts) == (kind == "mixtral") for b in anatomy(model).blocks)
         assert q.packed.tensors[0].untyped_storage().data_ptr() == k.packed.tensors[0].untyped_storage().data_ptr()
         assert decoder(model, 64, batch=batch) is fused, "kept, though weights have moved once"
         distances = []

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bitwright.kernels.elementwise import rope_cache_reference
+from bitwright.kernels.machine import machine
 from bitwright.kernels.nvrtc import decode_attention
-from bitwright.kernels.problem import HOPPER, NVRTC, cuda_features
+from bitwright.kernels.problem import cuda_features
 
 _PROGRAMS = 128  # about as many as an H100 has SMs: more only add merging
 _BLOCK = 128  # keys a step
-_TAKES = {HOPPER, NVRTC}  # what the kernel in CUDA C++ needs
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def workspace(
     device = torch.device(device)
     split = choose_split(batch, kv_heads, capacity)
     config = None
-    if decode_attention.takes(heads, kv_heads, head_dim) and device.type == "cuda" and cuda_features(device) >= _TAKES:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    there = device.type == "cuda" and cuda_features(device) >= decode_attention.FEATURES
+    if there and decode_attention.takes(heads, kv_heads, head_dim):
+        processors = machine(device)[1]
         config = decode_attention.choose(batch, heads, kv_heads, head_dim, capacity, dtype, processors, rope=rope)
         config = config if decode_attention.suits(config, capacity) else None
     slots = batch * heads * split.splits if split.splits > 1 and config is None else 0

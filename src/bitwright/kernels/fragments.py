@@ -142,13 +142,28 @@ def join(parts: Sequence[Fragments]) -> tuple[Fragments, list[Fragments]] | None
     first = parts[0]
     if first.experts is not None or len({kind(f) for f in parts}) > 1 or any(f.N % BAND for f in parts[:-1]):
         return None
-    words = tuple(torch.cat(of_all) for of_all in zip(*(f.words for f in parts), strict=True))
+    words = tuple(_whole(pieces) for pieces in zip(*(f.words for f in parts), strict=True))
     scale = torch.cat([f.scale for f in parts], dim=1)
     zeros = [f.zero for f in parts if f.zero is not None]
     zero = torch.cat(zeros, dim=1) if zeros else None
     whole = replace(first, words=words, scale=scale, zero=zero, N=sum(f.N for f in parts))
     cut = [w.split([f.words[0].shape[0] for f in parts]) for w in words]
     return whole, [replace(f, words=tuple(own)) for f, *own in zip(parts, *cut, strict=True)]
+
+
+def _whole(pieces: Sequence[Tensor]) -> Tensor:
+    """All rows: the tensor whose rows `pieces` are, in order, if they were joined before, else a copy."""
+    base, end = pieces[0]._base, 0
+    if base is not None and base.shape[1:] == pieces[0].shape[1:] and base.is_contiguous():
+        begins = [(piece.data_ptr() - base.data_ptr()) // (base[0].nbytes or 1) for piece in pieces]
+        for piece, begin in zip(pieces, begins, strict=True):
+            if piece._base is not base or begin != end:
+                break
+            end += len(piece)
+        else:
+            if end == len(base):
+                return base
+    return torch.cat(list(pieces))
 
 
 def unpack(fragments: Fragments) -> Tensor:

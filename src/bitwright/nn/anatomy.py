@@ -27,7 +27,14 @@ _NORMS = {"input_layernorm", "post_attention_layernorm"}
 _MLPS = {"mlp", "block_sparse_moe"}
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _OPT_BLOCK = {"self_attn", "activation_fn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"}
-_HEAD_DIMS = (16, 32, 64, 128, 256)
+_HEAD_DIMS = (16, 32, 64, 128)  # of 256 a stage of the attention kernel has no room
+_ROUTERS = ("Mixtral", "Qwen3Moe", "Olmoe")  # that weight experts by a softmax, if over the chosen ones
+# What a config may ask for beside Llama's arithmetic, and the values that ask for nothing.
+_NEUTRAL = {
+    "residual_multiplier": (1, None), "embedding_multiplier": (1, None), "logits_scaling": (1, None),
+    "clip_qkv": (None,), "scale_emb": (1, None), "scale_depth": (None,), "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+}  # fmt: skip
 _SETTLED = ("default", "linear", "llama3", "yarn")  # kinds of rotary tables that do not depend on the length
 
 
@@ -37,20 +44,33 @@ def anatomy(model: Any) -> Anatomy:
     Weights of linears that read one tensor are laid one after the other, where their kernel allows it; the modules keep
     views of them.
     """
-    if not sees_all(model.config.get_text_config(decoder=True)):
+    config = model.config.get_text_config(decoder=True)
+    if not sees_all(config):
         raise Unknown("its attention sees a window")
+    if extras := _extras(config):
+        raise Unknown(f"it asks for {', '.join(extras)}")
     base = getattr(model, model.base_model_prefix, None)
     base = getattr(base, "decoder", base)
     named = set() if base is None else _children(base)
     if not (named >= _LLAMA or named == _OPT):
         raise Unknown("its modules have other names than those of Llama and OPT")
-    hooked = [name for name, m in base.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    hooked = [name for name, m in model.named_modules() if _is_hooked(m)]
     if hooked:
         raise Unknown(f"there are hooks on {hooked[0] or 'it'}, which would not be called")
     found = _of_llama(model, base) if named >= _LLAMA else _of_opt(model, base)
     dtypes = {n.weight.dtype for n in (found.norm, *(n for b in found.blocks for n in (b.norm, b.mlp_norm)))}
     if len(dtypes) > 1:
         raise Unknown("its norms are of several dtypes")
+    return found
+
+
+def _extras(config: Any) -> list[str]:
+    """What a config asks for that Llama has not, and that little or nothing shows of at the beginning of a text."""
+    found = [name for name, values in _NEUTRAL.items() if getattr(config, name, values[0]) not in values]
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):
+        found.append("no_rope_layers")
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta") is not None:
+        found.append("llama_4_scaling_beta")
     return found
 
 
@@ -146,10 +166,12 @@ def _mlp(mlp: Any) -> Linear | Experts:
 
 def _experts(router: Any, experts: nn.Module) -> Experts | None:
     stacks = experts.gated_stacks if isinstance(experts, QuantExperts) else None
-    weight, top_k = getattr(router, "weight", None), getattr(router, "top_k", None)
-    normalized = getattr(router, "norm_topk_prob", True)
-    if stacks is None or weight is None or top_k is None or not normalized or getattr(router, "bias", None) is not None:
+    held = dict([*router.named_parameters(), *router.named_buffers()])
+    top_k, normalized = getattr(router, "top_k", None), getattr(router, "norm_topk_prob", True)
+    known = type(router).__name__.startswith(_ROUTERS) and normalized and set(held) == {"weight"}
+    if stacks is None or top_k is None or not known:
         return None
+    weight = held["weight"]
     return Experts(weight, top_k, *stacks) if weight.dtype == stacks[0].packed.dtype else None
 
 
@@ -179,6 +201,11 @@ def together(linears: Sequence[nn.Module]) -> Linear:
             bias = torch.cat(biases) if biases else None
             return lambda x: whole.linear(x, bias)
     return lambda x: torch.cat([m(x) for m in linears], dim=-1)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its class says: hooks of torch, of accelerate, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or vars(module).keys() & {"_hf_hook", "forward"})
 
 
 def _children(module: nn.Module) -> set[str]:

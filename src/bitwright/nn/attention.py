@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels.nvrtc import decode_attention
-from bitwright.kernels.problem import HOPPER, NVRTC, cuda_features
+from bitwright.kernels.problem import cuda_features
 
 NAME, GPU_NAME = "bitwright_cpu", "bitwright_gpu"
-_FEATURES = frozenset({HOPPER, NVRTC})
 # Options of transformers that change what attention is: whoever uses one gets torch's.
 _OTHERS = ("softcap", "s_aux", "position_bias", "sliding_window", "cache")
 _ALIGNMENT = 16  # bytes, of what the kernel copies
@@ -67,7 +66,7 @@ def counts(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
     return (
         model.device.type == "cuda"
-        and cuda_features(model.device) >= _FEATURES
+        and cuda_features(model.device) >= decode_attention.FEATURES
         and config._attn_implementation == "sdpa"
         and bool(getattr(model, "_supports_attention_backend", False))
         and sees_all(config)

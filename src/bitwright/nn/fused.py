@@ -24,6 +24,8 @@ from bitwright.nn.experts import ExpertStack
 
 Linear = Callable[[Tensor], Tensor]
 
+_DTYPES = (torch.bfloat16, torch.float16)  # that the kernels between linears compute in
+
 
 class Unknown(Exception):
     """A model that is built otherwise; the message says where."""
@@ -132,6 +134,9 @@ class FusedStep:
         caches = [(layer.keys, layer.values) for layer in layers]
         if len(caches) != len(a.blocks) or any(t.shape != shape or not t.is_contiguous() for kv in caches for t in kv):
             raise Unknown("its cache has another shape than its linears")
+        dtypes = {t.dtype for kv in caches for t in kv} | {a.dtype}
+        if len(dtypes) > 1 or (device.type == "cuda" and a.dtype not in _DTYPES):
+            raise Unknown(f"its norms and its cache are of {' and '.join(map(str, dtypes))}, not all of 16 bits")
         self._anatomy, self._caches = a, caches
         self._cos, self._sin = a.tables(length, device)
         turned = a.rotary is not None

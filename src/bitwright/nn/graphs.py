@@ -23,7 +23,7 @@ import inspect
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +32,13 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError
+from bitwright.kernels.problem import TRITON, cuda_features
 from bitwright.nn.anatomy import anatomy
 from bitwright.nn.attention import NAME, counted, counts
 from bitwright.nn.constants import Constants
 from bitwright.nn.fused import Anatomy, FusedStep, Unknown
 from bitwright.nn.packed import PackedModule
+from bitwright.nn.proof import Left, apart, fill, left
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ ATTENTION = ("sdpa", "eager", NAME)  # those that mask a cache longer than what 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _KEPT = 2  # decoders per model: each holds a cache of its own
 # How far from what transformers leaves a fused step may be: relative, or in distances of transformers from itself.
-_FAR, _NOISE = 0.05, 3.0
+_FAR, _NOISE, _FARTHEST = 0.05, 3.0, 0.15
 _PROOF = 12  # tokens that it is proved with
 
 
@@ -83,7 +85,7 @@ class StaticDecoder:
     graph: record the step as a CUDA graph (a CUDA model only). `graphed` tells whether that worked, `reason` why not.
     parts: what the step is to be made of instead of transformers' modules; `fused` tells whether it is.
     Making one runs the model on a token or two, so kernels are compiled and errors come here: Unsupported. The model
-    is not held; its weights must stay where they are (`decoder` sees to that).
+    is not held (its modules are, by a fused step); its weights must stay where they are (`decoder` sees to that).
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class StaticDecoder:
         self._device = model.device
         self._counts = counts(model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        with _plain_tensors():
+        with self._plain_tensors():
             self._cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
             self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=self._device)
             self._positions = torch.zeros_like(self._tokens)
@@ -137,7 +139,7 @@ class StaticDecoder:
         tokens = ids.shape[1]
         if tokens > self.length:
             raise BitwrightError(f"{tokens} tokens do not fit a cache of {self.length}; make a longer one")
-        with _plain_tensors():
+        with self._plain_tensors():
             self._cache.reset()  # zeros: what is masked is still multiplied, and NaN would survive that
             positions = torch.arange(tokens, device=self._device).expand(self.batch, -1)
             mask = torch.ones_like(ids) if self._short_mask else self._mask
@@ -153,16 +155,22 @@ class StaticDecoder:
         """
         if self.used >= self.length:
             raise BitwrightError(f"the cache is full with {self.length} tokens; make a longer one")
-        with _plain_tensors():
+        with self._plain_tensors():
             self._tokens.copy_(tokens.view(self.batch, 1))
             if self._graph is not None:
-                with torch.cuda.device(self._device):
-                    self._graph.replay()
+                self._graph.replay()
             else:
                 self._logits = self._one_step()
         self.used += 1
         assert self._logits is not None
         return self._logits
+
+    @contextmanager
+    def _plain_tensors(self) -> Iterator[None]:
+        """No gradients, and no inference mode: tensors made in it could not be written to outside; on our GPU."""
+        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), on_device:
+            yield
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits [batch, V] after the last of ids [batch, T]; mask [batch, T or length], positions [batch, T]."""
@@ -226,34 +234,37 @@ class StaticDecoder:
         """Take the fused step from now on, if it gives what transformers' modules give after the same tokens."""
         ids = torch.randint(parts.vocabulary, (self.batch, _PROOF), generator=torch.Generator().manual_seed(0))
         ids = ids.to(self._device)[:, : self.length]
+        half, T = ids.shape[1] // 2, ids.shape[1]
         try:
             step = FusedStep(parts, self._cache.layers, self.batch, self.length)
-            half = ids.shape[1] // 2
             self.prefill(ids[:, :half])
-            found, expected = [], []
-            for t in range(half, ids.shape[1]):
-                self._tokens.copy_(ids[:, t, None])
-                found.append(self._left(step(self._tokens, self._positions), t))
-                expected.append(self._left(self._one_step(), t))
-            distance, limit = _apart(found, expected), _FAR
+            found, expected = self._after(ids[:, half:], half, step)
+            # At the end of the cache, too, full of noise: what is otherwise far away, or with many keys, shows there.
+            fill(self._cache.layers)
+            far = self.length - (T - half)
+            self._rewind(far)
+            distance, limit = max(apart(found, expected), apart(*self._after(ids[:, half:], far, step))), _FAR
             if not distance <= limit:
                 # The deeper the model, the more of roundings: what transformers' own prompts and steps differ by tells.
-                prompts = [self._left(self.prefill(ids[:, : t + 1]), t) for t in range(half, ids.shape[1])]
-                limit = _NOISE * _apart(prompts, expected)
+                prompts = [left(self.prefill(ids[:, : t + 1]), self._cache.layers, t) for t in range(half, T)]
+                limit = min(_FARTHEST, _NOISE * apart(prompts, expected))
             if not distance <= limit:
                 raise Unknown(f"its logits or its cache differ by {distance:.1%} from transformers'")
             self._fused = step
         except torch.OutOfMemoryError:
             raise
-        except (Unknown, BitwrightError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-            logger.warning("decoding by transformers' own modules: %s", _line(e))
+        except Exception as e:  # whatever kernels, and modules that only look like Llama's, may raise
+            logger.info("%s decodes by transformers' own modules: %s", type(self._model()).__name__, _line(e))
         self._rewind(2)
 
-    def _left(self, logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """What the token at position t has left: logits [batch, V] less their mean, its keys and values [batch, n]."""
-        logits = logits.float()
-        held = [cache[:, :, t].flatten(1) for layer in self._cache.layers for cache in (layer.keys, layer.values)]
-        return logits - logits.mean(dim=-1, keepdim=True), torch.cat(held, dim=-1).float()
+    def _after(self, ids: Tensor, used: int, step: FusedStep) -> tuple[list[Left], list[Left]]:
+        """What tokens ids [batch, n] leave by `step`, and by transformers' modules, which each of them goes on from."""
+        found, expected = [], []
+        for t in range(used, used + ids.shape[1]):
+            self._tokens.copy_(ids[:, t - used, None])
+            found.append(left(step(self._tokens, self._positions), self._cache.layers, t))
+            expected.append(left(self._one_step(), self._cache.layers, t))
+        return found, expected
 
     def _record(self) -> None:
         """The step as a CUDA graph, or `reason`."""
@@ -265,7 +276,7 @@ class StaticDecoder:
             return
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(self._device)
-        with torch.cuda.device(self._device), self._constants:
+        with self._constants:
             try:
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
@@ -313,8 +324,10 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
     key = (max(1, -(-tokens // BUCKET)) * BUCKET, batch, graph)
     kept, state = _kept.get(model), _state(model)
     if kept is None or kept.state != state:
+        kept = None
+        _kept.pop(model, None)  # before weights move: what it holds of them goes
         parts = _parts(model)
-        kept = _kept[model] = _Kept(_state(model), parts)  # weights that are joined have moved
+        kept = _kept[model] = _Kept(_state(model), parts)
     if kept.refusal is not None:
         raise Unsupported(kept.refusal)
     found = kept.decoders.pop(key, None)
@@ -333,6 +346,8 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
             kept.refusal = str(e)
             logger.warning("%s decodes with transformers' own loop: %s", type(model).__name__, e)
             raise
+        if not found.fused:
+            kept.parts = None  # not to be tried again
         if found.reason is not None and not told:
             logger.warning("%s decodes without a CUDA graph: %s", type(model).__name__, found.reason)
     kept.decoders[key] = found  # last in order: the one to go last
@@ -340,13 +355,17 @@ def decoder(model: Any, tokens: int, batch: int = 1, *, graph: bool | None = Non
 
 
 def _parts(model: Any) -> Anatomy | None:
-    """What a fused step of the model is made of, None where there is none: kernels for it run on one GPU."""
-    if model.device.type != "cuda" or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+    """What a fused step of the model is made of, None where there is none: its kernels are Triton's, for one GPU.
+
+    Weights that are joined for it move: decoders made before must not be used any more.
+    """
+    several = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if model.device.type != "cuda" or several or TRITON not in cuda_features(model.device) or refuse(model) is not None:
         return None
     try:
         return anatomy(model)
-    except Unknown as e:
-        logger.info("%s decodes by transformers' own modules: %s", type(model).__name__, e)
+    except (Unknown, AttributeError, TypeError, ZeroDivisionError, torch.OutOfMemoryError) as e:
+        logger.info("%s decodes by transformers' own modules: %s", type(model).__name__, _line(e))
         return None
 
 
@@ -355,13 +374,6 @@ def _state(model: Any) -> tuple[Any, ...]:
     tensors = (*model.parameters(), *model.buffers())
     packed = (t.data_ptr() for m in model.modules() if isinstance(m, PackedModule) for t in m.packed.tensors)
     return (model.config.get_text_config(decoder=True)._attn_implementation, *(t.data_ptr() for t in tensors), *packed)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """No gradients, and no inference mode: tensors made in it could not be written to outside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 @contextmanager
@@ -375,19 +387,6 @@ def _waiting_is_an_error() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def _apart(found: Sequence[tuple[Tensor, ...]], expected: Sequence[tuple[Tensor, ...]]) -> float:
-    """Of what tokens left, each part [batch, n]: the relative distances' lower quartile, the largest over the parts.
-
-    The quartile, since a rounding may send a token to another expert; what is built otherwise shows in all tokens.
-    """
-    largest = 0.0
-    for ours, theirs in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
-        a, b = torch.stack(ours), torch.stack(theirs)
-        quartile = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).quantile(0.25))
-        largest = max(largest, quartile) if quartile == quartile else float("nan")
-    return largest
 
 
 def _line(error: Exception) -> str:

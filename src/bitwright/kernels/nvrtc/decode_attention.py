@@ -12,7 +12,9 @@ from torch import Tensor
 from bitwright.kernels.machine import machine
 from bitwright.kernels.nvrtc.compile import Macros
 from bitwright.kernels.nvrtc.driver import Kernel, bind, loading
+from bitwright.kernels.problem import HOPPER, NVRTC
 
+FEATURES = frozenset({HOPPER, NVRTC})  # of the machine
 HEAD_DIMS = (64, 128)
 MOST_HEADS = 8  # of queries to one of keys, whose sums find room in registers
 _OF_TEAM = 4  # heads of a warp
@@ -80,7 +82,7 @@ def choose(
 ) -> Config:
     """By timings on one H100 (dev/LOG.md): the more heads share a key, the fewer blocks.
 
-    Every warp has keys for a stage at a context of `capacity`.
+    Every block has keys at a context of `capacity`.
     """
     pairs, group = batch * kv_heads, heads // kv_heads
     blocks = 2 * processors if group <= 2 else processors if group <= _OF_TEAM else processors // 2
