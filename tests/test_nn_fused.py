@@ -90,6 +90,13 @@ def test_a_fused_step_is_that_of_transformers(name: str) -> None:
     assert torch.equal(decode(fused, ids[:, :3], 4), decode(fused, ids[:, :3], 4)), "nothing of the run before is left"
 
 
+def test_no_more_positions_than_there_are() -> None:
+    config = opt()
+    config.max_position_embeddings = 32
+    model = model_of(config)
+    assert StaticDecoder(model, 256, parts=anatomy(model)).fused
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_roundings_to_16_bits_refuse_nothing(name: str, batch: int) -> None:

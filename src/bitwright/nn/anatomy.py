@@ -90,7 +90,7 @@ def _of_llama(model: Any, base: Any) -> Anatomy:
     norm = _rms_norm(base.norm)
     blocks = tuple(_block_of_llama(layer) for layer in base.layers)
     head = model.get_output_embeddings()
-    return Anatomy(embed, base.rotary_emb, blocks, norm, head, *heads, tokens.num_embeddings, norm.weight.dtype)
+    return Anatomy(embed, None, base.rotary_emb, blocks, norm, head, *heads, tokens.num_embeddings, norm.weight.dtype)
 
 
 def _block_of_llama(layer: Any) -> Block:
@@ -117,7 +117,8 @@ def _of_opt(model: Any, base: Any) -> Anatomy:
     norm = _layer_norm(base.final_layer_norm)
     blocks = tuple(_block_of_opt(layer) for layer in base.layers)
     head = model.get_output_embeddings()
-    return Anatomy(embed, None, blocks, norm, head, *heads, tokens.num_embeddings, norm.weight.dtype)
+    known = len(places.weight) - places.offset
+    return Anatomy(embed, known, None, blocks, norm, head, *heads, tokens.num_embeddings, norm.weight.dtype)
 
 
 def _block_of_opt(layer: Any) -> Block:

@@ -94,10 +94,12 @@ class Block:
 class Anatomy:
     """What a step of a model is made of.
 
-    embedding: tokens [B, 1], positions [B, 1] -> [B, H]. rotary: the module that makes its tables, or None.
+    embedding: tokens [B, 1], positions [B, 1] -> [B, H]; places: how many positions it knows, None for any.
+    rotary: the module that makes its tables, or None.
     """
 
     embedding: Callable[[Tensor, Tensor], Tensor]
+    places: int | None
     rotary: nn.Module | None
     blocks: tuple[Block, ...]
     norm: Norm

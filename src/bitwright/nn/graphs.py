@@ -233,7 +233,8 @@ class StaticDecoder:
     def _fuse(self, parts: Anatomy) -> None:
         """Take the fused step from now on, if it gives what transformers' modules give after the same tokens."""
         ids = torch.randint(parts.vocabulary, (self.batch, _PROOF), generator=torch.Generator().manual_seed(0))
-        ids = ids.to(self._device)[:, : self.length]
+        end = min(self.length, parts.places or self.length)
+        ids = ids.to(self._device)[:, :end]
         half, T = ids.shape[1] // 2, ids.shape[1]
         try:
             step = FusedStep(parts, self._cache.layers, self.batch, self.length)
@@ -241,7 +242,7 @@ class StaticDecoder:
             found, expected = self._after(ids[:, half:], half, step)
             # At the end of the cache, too, full of noise: what is otherwise far away, or with many keys, shows there.
             fill(self._cache.layers)
-            far = self.length - (T - half)
+            far = end - (T - half)
             self._rewind(far)
             distance, limit = max(apart(found, expected), apart(*self._after(ids[:, half:], far, step))), _FAR
             if not distance <= limit:
