@@ -18,7 +18,7 @@ cd "$repo" || exit 1
 out="${OUT:-benchmarks}"
 records="$out/gpu.jsonl"
 python="${PYTHON:-python3}"
-parts=" ${PARTS:-tests sanitizer kernels quik blocks decode prefill mixtral bits experts throughput opt throughput-3 memory} "
+parts=" ${PARTS:-tests sanitizer kernels quik blocks decode prefill mixtral bits experts throughput opt throughput-175 memory} "
 mkdir -p "$out" || exit 1
 spare="$(mktemp -d)" || exit 1
 trap 'rm -rf "$spare"' EXIT
@@ -39,7 +39,7 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
-tests_limit="${TESTS_LIMIT:-215}"
+tests_limit="${TESTS_LIMIT:-200}"
 timing_limit=15
 sanitizer_limit=25
 # Name, seconds, and arguments of `bitwright bench`.
@@ -56,9 +56,9 @@ benchmarks=(
         --scheme w3a16-g128 --scheme w8a16-g128 --scheme w4a16-g32 --scheme w4a16-g64 --scheme w4a16-g128-asym
         --peer dense"
     "experts 20 kernels --shape 28672x4096 --shape 4096x14336 --experts 8 --top-k 2 --tokens 1,16,64,512"
-    "throughput 22 throughput --model opt-66b --context 2048 --largest 64"
+    "throughput 27 throughput --model opt-66b --context 2048 --largest 64"
     "opt 22 decode --model opt-175b --scheme w3a16-g128 --no-baseline"
-    "throughput-3 18 throughput --model opt-175b --scheme w3a16-g128 --context 512 --largest 64"
+    "throughput-175 28 throughput --model opt-175b --scheme w3a16-g128 --scheme w4a16-g128 --context 512 --largest 64"
     "memory 12 memory --model llama-2-7b --model llama-2-70b --model opt-175b --model mixtral-8x7b
         --scheme 16-bit --scheme w4a16-g128 --scheme w3a16-g128 --scheme w2a16-g128"
     "peers 500 kernels --tokens 1,16,32,64,128"

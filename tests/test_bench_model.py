@@ -300,21 +300,13 @@ def test_throughput_sweeps_until_memory_is_full() -> None:
     records = throughput.run(options)
     swept = [r for r in records if r["benchmark"] == "throughput"]
     assert [(r["scheme"], r["gpus"], r["batch"]) for r in swept] == [
-        ("bfloat16", 2, 1),
-        ("bfloat16", 2, 2),
-        ("bfloat16", 2, 4),
-        ("bfloat16", 2, 5),
-        ("bfloat16", 4, 1),
-        ("bfloat16", 4, 2),
-        ("bfloat16", 4, 4),
-        ("bfloat16", 4, 5),
-        ("w4a16-g128", 1, 1),
-        ("w4a16-g128", 1, 2),
-        ("w4a16-g128", 1, 4),
-        ("w4a16-g128", 1, 5),
+        (scheme, gpus, batch)
+        for scheme, spreads in (("bfloat16", (2, 4)), ("w4a16-g128", (1, 2)))
+        for gpus in spreads
+        for batch in (1, 2, 4, 5)
     ]
     assert "communication between ranks is not counted" in swept[0]["note"]
-    assert all("computed to fit" in r["note"] for r in swept) and "ranks" not in swept[-1]["note"]
+    assert all("computed to fit" in r["note"] and ("ranks" in r["note"]) == (r["gpus"] > 1) for r in swept)
     best = {r["scheme"]: r for r in records if r["benchmark"] == "throughput-best"}
     for name, r in best.items():
         assert r["tokens_per_second_per_gpu"] == max(
@@ -322,10 +314,11 @@ def test_throughput_sweeps_until_memory_is_full() -> None:
         )
     gain = best["w4a16-g128"]["tokens_per_second_per_gpu"] / best["bfloat16"]["tokens_per_second_per_gpu"]
     assert best["w4a16-g128"]["speedup_over_dense"] == pytest.approx(gain)
-    assert throughput.table(records).row_count == 14
+    assert throughput.table(records).row_count == 18
     tight = replace(options, memory=int(fitting.model_bytes(small, Scheme.parse("w4a16-g128"), BF16)))
-    refused = [r for r in throughput.run(tight) if r["scheme"] == "w4a16-g128"]
-    assert [r["status"] for r in refused] == ["absent"] and "do not fit" in refused[0]["reason"]
+    assert {r["gpus"] for r in throughput.run(tight) if r["scheme"] == "w4a16-g128"} == {2, 4}
+    with pytest.raises(BitwrightError, match="does not fit 64 GPUs"):
+        throughput.run(replace(options, memory=1000))
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, [1]), (4, [1, 2, 4]), (7, [1, 2, 4, 7])])

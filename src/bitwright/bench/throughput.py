@@ -4,10 +4,10 @@ A step of twice the sequences takes hardly longer until arithmetic or the caches
 batch, and the batch is limited by the memory that weights leave to caches. For every model the batch is doubled until
 its caches, at a stated length, fill one GPU.
 
-Quantized models are put on one GPU. In 16 bits a large model needs several, by tensor parallelism, and the fewest that
-hold it may leave little to its caches; so those and twice as many are measured, and the better counts. Of either, one
-rank's share is timed; the all-reduces between ranks are left out, which favours 16 bits. Where only some blocks are
-timed, that all of them and their caches fit is computed, not tried, and the record says so.
+The fewest GPUs that hold a model, by tensor parallelism, may leave little to its caches; so those and twice as many are
+measured, in 16 bits and quantized, and the better counts. Of several GPUs one rank's share is timed; the all-reduces
+between ranks are left out, which favours whoever needs more of them. Where only some blocks are timed, that all of them
+and their caches fit is computed, not tried, and the record says so.
 """
 
 from __future__ import annotations
@@ -91,10 +91,8 @@ def measure(options: Options, progress: Progress | None = None) -> Iterator[list
 
 
 def _spreads(v: Variant, options: Options, memory: int, dtype: torch.dtype) -> list[tuple[int, ModelShape]]:
-    """Numbers of GPUs to put a model on, and a rank's share: one if quantized, else the fewest and twice as many."""
-    if v.scheme is not None:
-        return [(1, options.shape)]
-    gpus, rank = fewest_gpus(options.shape, None, dtype, options.context, memory)
+    """Numbers of GPUs to put a model on, and a rank's share: the fewest that hold it, and twice as many."""
+    gpus, rank = fewest_gpus(options.shape, v.scheme, dtype, options.context, memory)
     half = rank_shape(options.shape, 2 * gpus)
     return [(gpus, rank)] if half is None else [(gpus, rank), (2 * gpus, half)]
 
@@ -110,10 +108,6 @@ def _sweep(
 ) -> Iterator[Record]:
     context = options.context
     most = min(options.largest, largest_batch(rank, v.scheme, dtype, context, memory))
-    if most < 1:
-        reason = f"weights and one cache do not fit into {memory / 1e9:.1f} GB"
-        yield {"gpus": gpus, "status": ABSENT, "reason": reason}
-        return
     # A whole model would leave its caches no room here: with all memory spoken for, two depths are timed.
     prepared = Prepared.of(rank, [v], memory, options.layers, dtype, device)
     yield from prepared.missing()

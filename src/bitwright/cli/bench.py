@@ -213,7 +213,7 @@ def throughput(
     \b
     bitwright bench throughput --model llama-2-70b --scheme w4a16-g128 --context 1024
 
-    A 16-bit model is measured as one rank of the fewest GPUs that hold it and of twice as many, communication left out.
+    A model is measured as one rank of the fewest GPUs that hold it and of twice as many, communication left out.
     """
     started = time.perf_counter()
     with output.one_line_errors(debug):
