@@ -120,22 +120,27 @@ def test_a_quantized_model(tmp_path: Path) -> None:
     torch.testing.assert_close(decode(fused, ids, 20), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-@pytest.mark.parametrize("how", ["stacks", "gap", "weights that do not sum to one"])
-def test_experts_in_stacks(name: str, how: str) -> None:
-    config = MODELS["mixtral"]()
-    if name == "qwen3-moe":
-        norm = how != "weights that do not sum to one"
-        sizes = dict(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, norm_topk_prob=norm)
-        config = tf.Qwen3MoeConfig(**SIZES, **sizes, experts_implementation="eager")
-    elif how == "stacks":
-        config.intermediate_size = 128  # whole bands; 96 are not
-    model = model_of(config)
+def qwen3_moe(**how: Any) -> Any:
+    sizes = dict(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, experts_implementation="eager")
+    return tf.Qwen3MoeConfig(**SIZES, **sizes, **how)
+
+
+@pytest.mark.parametrize(
+    ("config", "taken"),
+    [
+        (lambda: tf.MixtralConfig(**(SIZES | dict(intermediate_size=128)), **EXPERTS, sliding_window=None), True),
+        (lambda: qwen3_moe(norm_topk_prob=True), True),
+        (lambda: tf.MixtralConfig(**SIZES, **EXPERTS, sliding_window=None), False),  # 96 rows of gate, then a gap
+        (lambda: qwen3_moe(norm_topk_prob=False), False),
+    ],
+)
+def test_experts_in_stacks(config: Callable[[], Any], taken: bool) -> None:
+    """Fused with what is around them, or as their own module; the step is right either way."""
+    model = model_of(config())
     for layer in model.model.layers:
         layer.mlp.experts = stacked(model, layer)
     parts = anatomy(model)
-    taken = {isinstance(block.mlp, Experts) for block in parts.blocks}
-    assert taken == {how == "stacks" or (name, how) == ("qwen3-moe", "gap")}
+    assert {isinstance(block.mlp, Experts) for block in parts.blocks} == {taken}
     ids = torch.randint(2, 160, (2, 5), generator=torch.Generator().manual_seed(1))
     fused = StaticDecoder(model, 64, batch=2, parts=parts)
     assert fused.fused

@@ -152,17 +152,12 @@ def join(parts: Sequence[Fragments]) -> tuple[Fragments, list[Fragments]] | None
 
 
 def _whole(pieces: Sequence[Tensor]) -> Tensor:
-    """All rows: the tensor whose rows `pieces` are, in order, if they were joined before, else a copy."""
-    base, end = pieces[0]._base, 0
-    if base is not None and base.shape[1:] == pieces[0].shape[1:] and base.is_contiguous():
-        begins = [(piece.data_ptr() - base.data_ptr()) // (base[0].nbytes or 1) for piece in pieces]
-        for piece, begin in zip(pieces, begins, strict=True):
-            if piece._base is not base or begin != end:
-                break
-            end += len(piece)
-        else:
-            if end == len(base):
-                return base
+    """All rows: the tensor that `pieces` are the rows of, in order, if they were joined before, else a copy."""
+    base, rows = pieces[0]._base, [len(piece) for piece in pieces]
+    if base is not None and len(base) == sum(rows):
+        found = zip(base.split(rows), pieces, strict=True)
+        if all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in found):
+            return base
     return torch.cat(list(pieces))
 
 

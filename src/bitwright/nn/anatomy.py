@@ -90,7 +90,7 @@ def _of_llama(model: Any, base: Any) -> Anatomy:
     norm = _rms_norm(base.norm)
     blocks = tuple(_block_of_llama(layer) for layer in base.layers)
     head = model.get_output_embeddings()
-    return Anatomy(embed, None, base.rotary_emb, blocks, norm, head, *heads, tokens.num_embeddings, norm.weight.dtype)
+    return Anatomy(embed, None, base.rotary_emb, blocks, norm, head, *heads, tokens.num_embeddings)
 
 
 def _block_of_llama(layer: Any) -> Block:
@@ -118,7 +118,7 @@ def _of_opt(model: Any, base: Any) -> Anatomy:
     blocks = tuple(_block_of_opt(layer) for layer in base.layers)
     head = model.get_output_embeddings()
     known = len(places.weight) - places.offset
-    return Anatomy(embed, known, None, blocks, norm, head, *heads, tokens.num_embeddings, norm.weight.dtype)
+    return Anatomy(embed, known, None, blocks, norm, head, *heads, tokens.num_embeddings)
 
 
 def _block_of_opt(layer: Any) -> Block:

@@ -108,7 +108,11 @@ class Anatomy:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its norms, and so of what goes from block to block."""
+        return self.norm.weight.dtype
 
     def tables(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin, float32 [positions, head_dim / 2]. Unknown if pairs are not (i, i + head_dim / 2)."""
